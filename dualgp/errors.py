@@ -1,0 +1,36 @@
+"""Errors and warnings, named after what is wrong.
+
+Every message says what was expected, what came, and what to do. A call that raises has changed nothing.
+"""
+
+
+class DualGPError(Exception):
+    """Base of every error that dualgp raises on purpose."""
+
+
+class InputError(DualGPError, ValueError):
+    """Data or an argument has the wrong shape, dtype, device or value."""
+
+
+class UnsupportedError(DualGPError, TypeError):
+    """A kernel, mean or likelihood that dualgp cannot use, found when the model is built."""
+
+
+class BasisMismatchError(DualGPError, ValueError):
+    """Sites or posteriors that live on different bases were combined."""
+
+
+class NotPositiveDefiniteError(DualGPError, ArithmeticError):
+    """What is left is no Gaussian: its precision has an eigenvalue that is not positive."""
+
+
+class NotFittedError(DualGPError, RuntimeError):
+    """A prediction or a score was asked of a model that has no posterior yet."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped at its limit before its stopping rule was met."""
+
+
+class NumericalWarning(UserWarning):
+    """A factorisation needed more jitter than was asked for; the message says how much."""
