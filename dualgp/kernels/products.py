@@ -1,0 +1,75 @@
+"""Kernel matrices of any GPyTorch kernel: dense blocks, diagonals, and frozen copies."""
+
+from __future__ import annotations
+
+import copy
+
+import gpytorch
+import torch
+from gpytorch.kernels import Kernel
+from jaxtyping import Float
+from torch import Tensor
+
+from dualgp.errors import UnsupportedError
+from dualgp.kernels.stationary import as_stationary, fused_cross
+
+# Kernels of several outputs per input, or that bring their own approximation or training data.
+_UNSUPPORTED = {
+    "MultitaskKernel": "outputs that share one latent covariance; use one kernel with batch_shape=[C] per output",
+    "LCMKernel": "coregionalised outputs; use one kernel with batch_shape=[C] per output",
+    "GridKernel": "a kernel bound to a grid of training inputs; pass its base kernel",
+    "GridInterpolationKernel": "an approximation of its own (KISS-GP); pass its base kernel",
+    "InducingPointKernel": "an inducing-point approximation of its own; pass its base kernel",
+    "MultiDeviceKernel": "a kernel spread over devices; pass its base kernel",
+}
+
+
+def check_kernel(kernel: object) -> None:
+    """Raise unless `kernel` is a GPyTorch kernel with one output per input.
+
+    Raises:
+        UnsupportedError: naming the kernel and what to use in its place.
+    """
+    if not isinstance(kernel, Kernel):
+        raise UnsupportedError(
+            f"Expected a gpytorch.kernels.Kernel, got {type(kernel).__name__}. Pass for example "
+            "gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())."
+        )
+    for part in kernel.modules():
+        reason = _UNSUPPORTED.get(type(part).__name__)
+        if reason or type(part).__name__.endswith(("Grad", "GradGrad")):
+            reason = reason or "values and derivatives as several outputs per input"
+            raise UnsupportedError(f"{type(part).__name__} is not supported: it has {reason}.")
+
+
+def cross_covariance(kernel: Kernel, x: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> Float[Tensor, "*b n m"]:
+    """Return k(x, z), dense, in `dtype` (that of x unless given); differentiable in x, z and the hyperparameters.
+
+    RBF and Matérn kernels, scaled or not, take a fused path in `dtype`; every other kernel is evaluated by
+    GPyTorch in float64 and rounded.
+    """
+    dtype = dtype or x.dtype
+    x, z = x.double(), z.double()
+    form = as_stationary(kernel)
+    if form is not None:
+        return fused_cross(form, x, z, dtype)
+    with gpytorch.settings.lazily_evaluate_kernels(False):
+        return kernel(x, z).to_dense().to(dtype)
+
+
+def kernel_diagonal(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n"]:
+    """Return k(xᵢ, xᵢ) in float64; differentiable."""
+    form = as_stationary(kernel)
+    if form is not None:
+        batch = torch.broadcast_shapes(x.shape[:-2], form.lengthscale.shape[:-2])
+        ones = torch.ones((*batch, x.shape[-2]), dtype=torch.float64, device=x.device)
+        return ones if form.outputscale is None else form.outputscale.double()[..., None] * ones
+    return kernel(x.double(), diag=True)
+
+
+def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a float64 copy of a GPyTorch module that shares nothing with it and takes no gradient."""
+    module = copy.deepcopy(module).double()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module

@@ -1,0 +1,146 @@
+"""Dense linear algebra: a Cholesky that reports its jitter, and the products of the hot path.
+
+M x M work is done in float64 always. The n x M products (`mul_lower`, `GramSum`) run in the dtype of the data, their
+sums over blocks of rows in float64. Both cut the M columns into a few panels and skip the half that a triangular or
+symmetric matrix makes redundant; that is what BLAS's trmm and syrk do, which torch does not offer (and a second BLAS
+beside torch's own would fight it for the cores).
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dualgp.errors import NotPositiveDefiniteError, NumericalWarning
+
+_MAX_JITTER = 1e-2  # relative; beyond this the matrix is not a kernel matrix with rounding errors
+_CHUNK_BYTES = 4 << 20  # a block of rows that stays in the second-level cache
+
+
+class Factor(NamedTuple):
+    """A lower Cholesky factor and the relative jitter that it took (0 when none was added)."""
+
+    lower: Tensor
+    jitter: float
+
+
+def psd_cholesky(matrix: Float[Tensor, "*b m m"], jitter: float) -> Factor:
+    """Return chol(matrix + jitter · mean(diag) · I), raising the jitter tenfold, and saying so, if it must.
+
+    The jitter is relative to the mean of the diagonal, so a model's answer does not depend on the units of y.
+
+    Raises:
+        NotPositiveDefiniteError: if no jitter up to 1e-2 makes the matrix positive definite.
+    """
+    diag = matrix.diagonal(dim1=-2, dim2=-1)
+    scale = diag.mean(-1, keepdim=True)
+    used = jitter
+    while used <= _MAX_JITTER:
+        shift = torch.diag_embed((used * scale).expand(diag.shape))
+        lower, info = torch.linalg.cholesky_ex(matrix + shift)
+        if not info.any():
+            if used > jitter:
+                warnings.warn(
+                    f"Cholesky needed a relative jitter of {used:.0e}, not {jitter:.0e}: inducing points may be "
+                    "duplicated, or the lengthscale very long.",
+                    NumericalWarning,
+                    stacklevel=3,
+                )
+            return Factor(lower, used)
+        used = max(10 * used, 1e-10)
+    raise NotPositiveDefiniteError(
+        f"A kernel matrix of size {matrix.shape[-1]} is not positive definite, even with a relative jitter of "
+        f"{_MAX_JITTER:.0e}. Check that the kernel is positive definite and that its inputs and hyperparameters "
+        "are finite."
+    )
+
+
+def precision_cholesky(precision: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """Return the lower Cholesky factor of a posterior precision P = I + B; add nothing to it.
+
+    Raises:
+        NotPositiveDefiniteError: if P is not positive definite, with its smallest eigenvalue.
+    """
+    lower, info = torch.linalg.cholesky_ex(precision)
+    if info.any():
+        smallest = torch.linalg.eigvalsh(precision).min().item() if precision.isfinite().all() else float("nan")
+        raise NotPositiveDefiniteError(
+            f"The posterior precision has smallest eigenvalue {smallest:.3e}; a Gaussian needs it positive. More was "
+            "removed than had been added, or sites with negative beta outweigh the prior."
+        )
+    return lower
+
+
+def tri_inverse(lower: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """Return the inverse of a lower triangular matrix (lower triangular)."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
+
+
+def logdet(lower: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b"]:
+    """Return log |L Lᵀ| of a Cholesky factor L."""
+    return 2.0 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def symmetrise(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """Return ½ (A + Aᵀ), to remove the rounding error of a product that is symmetric on paper."""
+    return 0.5 * (matrix + matrix.mT)
+
+
+def mul_lower(
+    rows: Float[Tensor, "*a n m"], lower: Float[Tensor, "*b m m"], *, transpose: bool = False
+) -> Float[Tensor, "*c n m"]:
+    """Return rows · lower, or rows · lowerᵀ, for a lower triangular factor, in the dtype of `rows`.
+
+    With `lower` = L⁻¹, rows k(X, Z) and the transpose, this whitens: φ = L⁻¹ k.
+    """
+    lower = lower.to(rows.dtype)
+    panels = _panels(lower.shape[-1])
+    if transpose:  # column j of the result needs rows[:, :j] only
+        parts = [rows[..., : p.stop] @ lower[..., p, : p.stop].mT for p in panels]
+    else:
+        parts = [rows[..., p.start :] @ lower[..., p.start :, p] for p in panels]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class GramSum:
+    """A running sum of Φᵀ diag(weights) Φ [*b, M, M] over blocks of rows: products in their dtype, sums in float64."""
+
+    def __init__(self, batch: torch.Size, size: int, device: torch.device) -> None:
+        self._panels = _panels(size)
+        self._lower = torch.zeros(*batch, size, size, dtype=torch.float64, device=device)
+
+    def add(self, phi: Float[Tensor, "*a n m"], weights: Float[Tensor, "*b n"]) -> None:
+        """Add a block; `weights` may have batch dimensions that `phi` lacks (outputs that share a kernel)."""
+        weights = weights.to(phi.dtype)
+        shared = phi.ndim == 2 and weights.ndim > 1  # then one n x M block at a time, never [C, n, M]
+        sums = self._lower.flatten(0, -3) if shared else self._lower.unsqueeze(0)
+        for total, w in zip(sums, weights.flatten(0, -2) if shared else weights.unsqueeze(0), strict=True):
+            weighted = (phi * w.unsqueeze(-1)).mT
+            for p in self._panels:
+                total[..., p, : p.stop] += weighted[..., p, :] @ phi[..., : p.stop]
+
+    def total(self) -> Float[Tensor, "*b m m"]:
+        """Return the sum so far, symmetric to the last bit."""
+        return self._lower.tril() + self._lower.tril(-1).mT
+
+
+def _panels(size: int) -> list[slice]:
+    """Cut M columns into up to four panels of equal width, 120 at least."""
+    count = max(1, min(4, size // 120))
+    edges = [round(i * size / count) for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def row_chunks(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
+    """Yield slices that cut n rows of `width` numbers into blocks that stay in cache (larger on a GPU)."""
+    budget = _CHUNK_BYTES if device.type == "cpu" else 64 * _CHUNK_BYTES
+    step = max(64, budget // max(1, width * torch.finfo(dtype).bits // 8))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
