@@ -1,0 +1,48 @@
+"""Gaussian processes and neural networks in dual form.
+
+A posterior is a prior plus *sites*, in the coordinates of a basis: f(x) = μ(x) + φ(x)ᵀw + r(x) with w ~ N(0, I), and a
+site is a Gaussian factor t(w) = exp(λᵀw − ½ wᵀBw), so that always P = I + B, w̄ = P⁻¹λ,
+
+    mean(x) = μ(x) + φ(x)ᵀw̄,        var(x) = r(x) + φ(x)ᵀP⁻¹φ(x).
+
+Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = E_q[∂ log p(y_i|f)] and
+β_i = −E_q[∂² log p(y_i|f)]. Sites are added, removed, scaled and pulled back; the methods are rows of one table:
+
+| method | in site algebra | here |
+|---|---|---|
+| sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
+| new data, without refitting | q + t_new | `Posterior.add` |
+| unlearning, leave-one-out | q − tᵢ | `Posterior.remove` |
+| moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
+| tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale` |
+| evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
+"""
+
+from dualgp import errors, likelihoods
+from dualgp.basis import InducingBasis
+from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
+from dualgp.gp.fit import FitResult
+from dualgp.gp.model import DualGP
+from dualgp.inducing import greedy_variance
+from dualgp.posterior import Posterior
+from dualgp.predictive import log_predictive, predictive_distribution
+from dualgp.sites import Site, Sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DualGP",
+    "DualParameters",
+    "FitResult",
+    "InducingBasis",
+    "Posterior",
+    "Site",
+    "Sites",
+    "dual_parameters",
+    "errors",
+    "expected_log_prob",
+    "greedy_variance",
+    "likelihoods",
+    "log_predictive",
+    "predictive_distribution",
+]

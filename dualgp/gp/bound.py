@@ -1,0 +1,310 @@
+"""The bound in form S and its gradient: sites per datum frozen, q moving through K(θ).
+
+    L(θ, Z) = Σ_i E_q[log p(y_i|f_i)] − KL(q ‖ p) + log p(θ),       q(w) = N(P⁻¹c, P⁻¹),
+    P = I + Σ β_i φ_iφ_iᵀ,   c = Σ φ_i(λ_i − β_i μ_i),   φ_i = L⁻¹k(Z, x_i)
+
+The gradient is written out (the adjoint of φ is linear in φ), so that a pass over the data holds one block at a
+time and only the kernel itself is differentiated by autograd. With a_i = ∂/∂m_i and b_i = −2 ∂/∂v_i of the first
+sum, Â = Σ b_i φφᵀ, g = Σ a_i φ_i − w̄, h = P⁻¹g, U = I − P⁻¹, G = ½ P⁻¹(Â + I − P)P⁻¹ − sym(h w̄ᵀ):
+
+    ∂L/∂φ_i = a_i w̄ + (λ_i − β_i μ_i) h + b_i U φ_i + 2 β_i G φ_i
+    ∂L/∂K_zz = −½ L⁻ᵀ S L⁻¹,  S = Σ_i (∂L/∂φ_i) φ_iᵀ = w̄(Σ a φ)ᵀ + h cᵀ + U Â + 2 G A
+
+G and h vanish where the sites have converged. For Gaussian noise the sites are y/σ² and 1/σ² at every θ, so G = h = 0
+always and L is the collapsed bound of Titsias 2009. `batch_bound` says the same by plain autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualgp.basis import Features, InducingBasis
+from dualgp.duals import expected_log_prob, gaussian_noise
+from dualgp.gp.data import Data
+from dualgp.gp.hyper import Hyper
+from dualgp.kernels import cross_covariance, kernel_diagonal
+from dualgp.linalg import GramSum, logdet, mul_lower, precision_cholesky, psd_cholesky, row_chunks, symmetrise
+from dualgp.posterior import Posterior, SiteSum
+from dualgp.sites import Site, Sites
+
+CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
+
+
+class Bound(NamedTuple):
+    """Value of the bound, its gradient in `hyper.trained()` order, q, and the duals that q asks for."""
+
+    value: float
+    gradient: list[Tensor]
+    posterior: Posterior
+    target: Sites
+
+
+class Block(NamedTuple):
+    """A block of rows: features for the algebra, and the tensors that carry the kernel's graph."""
+
+    rows: slice
+    features: Features
+    cross: Tensor
+    diag: Tensor
+    mean: Tensor | None
+
+
+class Marginals(NamedTuple):
+    """Per-datum results of a pass, data last: a = ∂/∂m and b = −2 ∂/∂v of Σ E_q[log p], and the means m."""
+
+    a: Tensor
+    b: Tensor
+    m: Tensor
+
+
+def conjugate_sites(hyper: Hyper, data: Data) -> Sites | None:
+    """Return the sites of a Gaussian likelihood, λ = y/σ² and β = 1/σ², exact whatever q is; None for others."""
+    noise = gaussian_noise(hyper.likelihood, **data.params)
+    if noise is None:
+        return None
+    y = data.y.double()
+    beta = (1.0 / noise.detach().double()).expand(y.shape)
+    return Sites(y * beta, beta, data.targets_multi)
+
+
+def site_bound(hyper: Hyper, data: Data, sites: Sites | None) -> Bound:
+    """Return the bound of form S with its gradient; `sites` None stands for the conjugate ones.
+
+    Takes O(n M²) operations and O(block · M + M²) numbers beyond the data (and a constant cache).
+
+    Raises:
+        NotPositiveDefiniteError: if K_zz cannot be factorised or frozen sites with β < 0 leave no Gaussian.
+    """
+    conjugate = sites is None
+    sites = conjugate_sites(hyper, data) if sites is None else sites
+    assert sites is not None
+    basis = hyper.basis()
+    lam, beta = sites.by_latent()
+    blocks = _Blocks(hyper, basis, data)
+    total = SiteSum(basis)
+    for b in blocks:
+        total.add(b.features, lam[..., b.rows], beta[..., b.rows])
+    q = Posterior(basis, total.site())
+    adjoint = _Adjoint(hyper, q)
+    if conjugate:
+        adjoint.at_fixed_point()
+        marginals = {b.rows.start: adjoint.backward(b, data) for b in blocks}
+    else:
+        marginals = adjoint.sweep(blocks, data)
+        for b in blocks:
+            adjoint.backward(b, data, marginals[b.rows.start], lam[..., b.rows], beta[..., b.rows])
+    value, gradient = adjoint.finish()
+    a, beta_new, m = (torch.cat(parts, -1) for parts in zip(*marginals.values(), strict=True))
+    return Bound(value, gradient, q, Sites.from_latent(a + beta_new * m, beta_new, sites.multi_output))
+
+
+class _Blocks:
+    """Blocks with the kernel's graph; kept after the first pass if they fit the cache."""
+
+    def __init__(self, hyper: Hyper, basis: InducingBasis, data: Data) -> None:
+        self.hyper, self.basis, self.data = hyper, basis, data
+        size = len(data) * basis.num_inducing * torch.finfo(basis.dtype).bits // 8
+        per_kernel = max(1, len(basis.L.reshape(-1, *basis.L.shape[-2:])))
+        self.cache: list[Block] | None = [] if 3 * size * per_kernel <= CACHE_BYTES else None
+
+    def __iter__(self) -> Iterator[Block]:
+        if self.cache:
+            yield from self.cache
+            return
+        for rows in row_chunks(len(self.data), self.basis.num_inducing, self.basis.dtype, self.basis.device):
+            block = self._block(rows)
+            if self.cache is not None:
+                self.cache.append(block)
+            yield block
+
+    def _block(self, rows: slice) -> Block:
+        hyper, basis = self.hyper, self.basis
+        x = basis.expand(self.data.x[..., rows, :])
+        with torch.enable_grad():
+            cross = cross_covariance(hyper.kernel, x, basis.expand(hyper.Z.to(basis.dtype)), basis.dtype)
+            diag = kernel_diagonal(hyper.kernel, x)
+            mean = None if hyper.mean is None else hyper.mean(x.double())
+        phi = mul_lower(cross.detach(), basis.L_inv, transpose=True)
+        mu = torch.zeros_like(diag) if mean is None else mean
+        return Block(rows, Features(phi, diag.detach(), mu.detach()), cross, diag, mean)
+
+
+class _Adjoint:
+    """The M × M quantities of the gradient, and its accumulation over blocks (letters as in the module docstring)."""
+
+    def __init__(self, hyper: Hyper, q: Posterior) -> None:
+        self.hyper, self.q = hyper, q
+        self.parameters = hyper.trained()
+        own = {id(p) for p in hyper.likelihood.parameters()}
+        self.of_likelihood = [i for i, p in enumerate(self.parameters) if id(p) in own]
+        self.gradient = [torch.zeros_like(p) for p in self.parameters]
+        self.value = torch.zeros((), dtype=torch.float64, device=q.basis.device)
+        self.P_inv = symmetrise(q.chol_inv.mT @ q.chol_inv)
+        self.U = torch.eye(q.basis.num_inducing, dtype=torch.float64, device=q.basis.device) - self.P_inv
+        self.h: Tensor | None = None
+
+    def at_fixed_point(self) -> None:
+        """Conjugate sites: Â = A and Σ aφ = c − A w̄ = w̄; the terms in G and h vanish."""
+        w = self.q.mean_w
+        self.S = _outer(w, w) + self.U @ self.q.site.B
+
+    def sweep(self, blocks: _Blocks, data: Data) -> dict[int, Marginals]:
+        """One pass for the marginals: a, b, Â and Σ aφ, and from them G, h and S."""
+        q, A, w = self.q, self.q.site.B, self.q.mean_w
+        a_phi, b_phi = torch.zeros_like(w), GramSum(w.shape[:-1], w.shape[-1], w.device)  # Σ aφ, Â
+        marginals = {}
+        for block in blocks:
+            phi = block.features.phi
+            found = self._likelihood(data.rows(block.rows), *q.marginals(block.features))
+            a_phi += _apply(phi.mT, found.a)
+            b_phi.add(phi, found.b)
+            marginals[block.rows.start] = found
+        A_hat = b_phi.total()
+        self.h = h = _apply(self.P_inv, a_phi - w)  # P⁻¹g
+        self.G = 0.5 * self.P_inv @ (A_hat - A) @ self.P_inv - symmetrise(_outer(h, w))
+        self.S = _outer(w, a_phi) + _outer(h, q.site.lam) + self.U @ A_hat + 2.0 * self.G @ A
+        return marginals
+
+    def backward(
+        self,
+        block: Block,
+        data: Data,
+        marginals: Marginals | None = None,
+        lam: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Marginals:
+        """Add the gradient of one block through its kernel rows, its kernel diagonal and its prior mean."""
+        phi, mu = block.features.phi, block.features.prior_mean
+        w = self.q.mean_w
+        phi_U = phi @ self.U.to(phi.dtype)
+        if marginals is None:  # v = k − φᵀUφ comes with the product that the gradient needs
+            v = block.diag.detach() - (phi * phi_U).sum(-1).double()
+            marginals = self._likelihood(data.rows(block.rows), mu + _apply(phi, w), v.clamp_min(0.0))
+        a, b, _ = marginals
+        d_phi = _outer(a, w, phi.dtype) + b.unsqueeze(-1).to(phi.dtype) * phi_U
+        d_mu = a
+        if self.h is not None and lam is not None and beta is not None:
+            d_phi = d_phi + _outer(lam - beta * mu, self.h, phi.dtype)
+            d_phi = d_phi + 2.0 * beta.unsqueeze(-1).to(phi.dtype) * (phi @ self.G.to(phi.dtype))
+            d_mu = a - beta * _apply(phi, self.h)
+        d_cross = mul_lower(d_phi.sum_to_size(phi.shape), self.q.basis.L_inv)  # φ = k L⁻ᵀ by rows
+        self._pull([(block.cross, d_cross), (block.diag, -0.5 * b), (block.mean, d_mu)])
+        return marginals
+
+    def finish(self) -> tuple[float, list[Tensor]]:
+        """Add what comes through K_zz, the KL and the priors; return the value and the gradient."""
+        basis, hyper = self.q.basis, self.hyper
+        d_Kzz = -0.5 * basis.L_inv.mT @ symmetrise(self.S) @ basis.L_inv
+        eye = torch.eye(basis.num_inducing, dtype=torch.float64, device=basis.device)
+        trace = d_Kzz.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        d_Kzz = d_Kzz + basis.jitter * trace * eye  # the jitter is relative to the mean of the diagonal
+        with torch.enable_grad():
+            Z = basis.expand(hyper.Z.to(basis.dtype))
+            Kzz = cross_covariance(hyper.kernel, Z, Z, torch.float64)
+            log_prior = hyper.log_prior()
+        self._pull([(Kzz, d_Kzz), (log_prior, torch.ones_like(log_prior))])
+        return float(self.value - self.q.kl().sum() + log_prior.detach()), self.gradient
+
+    def _likelihood(self, data: Data, m: Tensor, v: Tensor) -> Marginals:
+        """Value, a and b of Σ E[log p], and its gradient in the likelihood's own parameters."""
+        multi = self.q.basis.num_outputs is not None
+        m, v = m.detach(), v.detach()
+        own = [self.parameters[i] for i in self.of_likelihood]
+        with torch.enable_grad():
+            m, v = m.requires_grad_(), v.requires_grad_()
+            of_output = (m.mT, v.mT) if multi else (m, v)
+            elp = expected_log_prob(self.hyper.likelihood, data.y, *of_output, **data.params).sum()
+            a, d_v, *d_own = torch.autograd.grad(elp, [m, v, *own], allow_unused=True)
+        self.value += elp.detach()
+        for i, d in zip(self.of_likelihood, d_own, strict=True):
+            if d is not None:
+                self.gradient[i] += d
+        return Marginals(a, -2.0 * d_v, m.detach())
+
+    def _pull(self, pairs: list[tuple[Tensor | None, Tensor]]) -> None:
+        """Add Σ ⟨adjoint, ∂tensor/∂θ⟩ to the gradient."""
+        live = [(t, d) for t, d in pairs if t is not None and t.requires_grad]
+        if not live:
+            return
+        tensors = [t for t, _ in live]
+        adjoints = [d.to(t.dtype).sum_to_size(t.shape) for t, d in live]
+        grads = torch.autograd.grad(tensors, self.parameters, adjoints, allow_unused=True, retain_graph=True)
+        for total, g in zip(self.gradient, grads, strict=True):
+            if g is not None:
+                total += g
+
+
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Matrix times vector, in the matrix's dtype, batched."""
+    return (matrix @ vector.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
+
+
+def _outer(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return left.to(dtype).unsqueeze(-1) * right.to(dtype).unsqueeze(-2)
+
+
+def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = None, scale: float = 1.0) -> Tensor:
+    """Return the bound on a batch by plain autograd: the law that `site_bound` is held to, and the minibatch objective.
+
+    scale · Σ_batch E_q[log p] − KL(q ‖ p) + log p(θ), where q is the prior with the batch's sites in form S, and
+    what is not in the batch (`old`) in form U: a site on u, re-read at each θ through T = L_old⁻¹ K(Z_old, Z) L⁻ᵀ.
+
+    Args:
+        hyper: parameters, with gradient.
+        data: the batch.
+        sites: its sites, scaled already if they stand for more data than the batch holds.
+        old: all that is not in the batch, anchored where it was found.
+        scale: n / batch size, on the expected log-likelihood only.
+
+    Raises:
+        NotPositiveDefiniteError: as in `site_bound`.
+    """
+    Z = hyper.Z.to(hyper.dtype)
+    Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
+    x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
+    L, _ = psd_cholesky(symmetrise(cross_covariance(hyper.kernel, Z, Z, torch.float64)), hyper.jitter)
+    cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
+    phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
+    mu, mu_z = (torch.zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(v.double()) for v in (x, Z))
+    site = sites.pull_back(phi, mu)
+    if old is not None:
+        site = site + old.carry(hyper, Z, L, mu_z)
+    C = precision_cholesky(torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device) + site.B)
+    w = torch.cholesky_solve(site.lam.unsqueeze(-1), C).squeeze(-1)
+    half = torch.linalg.solve_triangular(C, phi.mT, upper=False)
+    m = mu + (phi @ w.unsqueeze(-1)).squeeze(-1)
+    v = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1) + half.square().sum(-2)
+    m, v = (m.mT, v.mT) if hyper.num_outputs is not None else (m, v)
+    elp = expected_log_prob(hyper.likelihood, data.y, m, v, **data.params).sum()
+    trace = torch.cholesky_inverse(C).diagonal(dim1=-2, dim2=-1).sum(-1)
+    kl = 0.5 * (trace - Z.shape[-2] + logdet(C) + w.square().sum(-1)).sum()
+    return scale * elp - kl + hyper.log_prior()
+
+
+class Anchor(NamedTuple):
+    """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z) and jitter of the basis it was found on."""
+
+    L_inv: Tensor
+    Z: Tensor
+    mean: Tensor
+    jitter: float
+    site: Site
+
+    @classmethod
+    def of(cls, basis: InducingBasis, site: Site) -> Anchor:
+        """Anchor a site on `basis`; nothing of it changes when the basis's modules train on."""
+        Z = basis.expand(basis.inducing_points)
+        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach(), basis.jitter, site)
+
+    def carry(self, hyper: Hyper, Z: Tensor, L: Tensor, mu_z: Tensor) -> Site:
+        """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""
+        moved = cross_covariance(hyper.kernel, self.Z, Z, torch.float64)
+        jitter = self.jitter * kernel_diagonal(hyper.kernel, Z).mean(-1)[..., None, None]
+        moved = moved + jitter * torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device)
+        T = self.L_inv @ torch.linalg.solve_triangular(L, moved.mT, upper=False).mT  # L_old⁻¹ K(Z_old, Z) L⁻ᵀ
+        shift = (self.L_inv @ (mu_z - self.mean).unsqueeze(-1)).squeeze(-1)
+        return self.site.pull_back(T, shift)

@@ -1,0 +1,181 @@
+"""The E-step: natural gradients on the sites, with a step that never lowers the bound nor leaves the Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from gpytorch.likelihoods import Likelihood
+from torch import Tensor
+
+from dualgp.basis import Features, InducingBasis
+from dualgp.duals import dual_parameters, gaussian_noise
+from dualgp.errors import NotPositiveDefiniteError
+from dualgp.gp.data import Data
+from dualgp.linalg import row_chunks
+from dualgp.posterior import Posterior, SiteSum
+from dualgp.sites import Site, Sites
+
+CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
+_MIN_LR = 2.0**-20
+
+
+class EStep(NamedTuple):
+    """q, the per-datum sites that make it, its ELBO (summed over the batch), passes taken, whether it converged."""
+
+    posterior: Posterior
+    sites: Sites
+    elbo: float
+    passes: int
+    converged: bool
+
+
+class Source:
+    """Data in blocks with their features at one basis, kept between passes when they fit the cache.
+
+    Args:
+        basis: where the features are taken.
+        batches: the data: one `Data`, or anything that can be iterated again and again for `Data` batches.
+    """
+
+    def __init__(self, basis: InducingBasis, batches: Iterable[Data] | Data) -> None:
+        self.basis = basis
+        self.batches = [batches] if isinstance(batches, Data) else batches
+        self._cache: list[tuple[Data, Features]] | None = None
+        if isinstance(batches, Data):
+            size = len(batches) * basis.num_inducing * torch.finfo(basis.dtype).bits // 8
+            kernels = basis.L.shape[:-2].numel() * batches.x.shape[:-2].numel()
+            self._cache = [] if size * kernels <= CACHE_BYTES else None
+
+    def __iter__(self) -> Iterator[tuple[Data, Features]]:
+        if self._cache:
+            yield from self._cache
+            return
+        basis = self.basis
+        for data in self.batches:
+            for rows in row_chunks(len(data), basis.num_inducing, basis.dtype, basis.device):
+                block = data.rows(rows)
+                features = basis.features(block.x)
+                if self._cache is not None:
+                    self._cache.append((block, features))
+                yield block, features
+
+
+@torch.no_grad()
+def e_step(
+    source: Source,
+    likelihood: Likelihood,
+    start: Posterior | None = None,
+    *,
+    tol: float = 1e-8,
+    max_passes: int = 200,
+) -> EStep:
+    """Return the optimal q at fixed hyperparameters and Z, by natural gradients on the sites.
+
+        λ ← (1 − ρ) λ + ρ (α + β_q m),   β ← (1 − ρ) β + ρ β_q
+
+    with the duals (α, β_q) taken at the present q. Gaussian likelihoods are exact in one pass. Otherwise ρ = 1,
+    halved when the bound would fall or the precision lose positivity (as can be where the likelihood is not
+    log-concave), doubled after a success; no β is clipped, so the fixed point is a stationary point of the ELBO.
+
+    Args:
+        source: data and basis.
+        likelihood: any supported likelihood.
+        start: where to start; the prior if None.
+        tol: stop when a pass gains less than `tol` nats per datum.
+        max_passes: limit on passes over the data.
+
+    Source: Adam et al. 2021, eq. 18; Khan & Lin 2017.
+    """
+    q = start or Posterior(source.basis)
+    best: _Visit | None = None
+    lr = 1.0
+    for step in range(1, max_passes + 1):
+        visit = _visit(q, likelihood, source)
+        if visit.exact:
+            q = Posterior(source.basis, visit.target)
+            return EStep(q, visit.sites, _collapsed(q, visit), step, True)
+        gain = float("inf") if best is None else visit.elbo - best.elbo
+        if best is None or gain >= -1e-9 * abs(best.elbo):
+            best, lr = visit, min(1.0, 2.0 * lr)
+        else:
+            lr *= 0.5
+        if gain < tol * visit.num_data and (gain >= 0 or lr < _MIN_LR):
+            return EStep(*_settle(best), best.elbo, step, True)
+        q, lr = _advance(best, lr)
+    assert best is not None
+    return EStep(*_settle(best), best.elbo, max_passes, False)
+
+
+class _Visit(NamedTuple):
+    """One pass at q: its ELBO, and the sites and site it asks for."""
+
+    posterior: Posterior
+    elbo: float
+    sites: Sites
+    target: Site
+    num_data: int
+    exact: bool
+    constants: Tensor  # of a Gaussian likelihood: Σβ(y−μ)², Σβ·k(x,x), Σ log 2πσ²
+
+
+def _visit(q: Posterior, likelihood: Likelihood, source: Source) -> _Visit:
+    basis = source.basis
+    total = SiteSum(basis)
+    constants = torch.zeros(3, dtype=torch.float64, device=basis.device)
+    elbo, count, exact, parts = -q.kl().sum(), 0, False, []
+    for data, features in source:
+        noise = gaussian_noise(likelihood, **data.params)
+        if noise is not None:
+            exact = True
+            sites, terms = _conjugate(data, noise, features)
+            constants += terms
+        else:
+            m, v = (q.by_output(t) for t in q.marginals(features))
+            duals = dual_parameters(likelihood, data.y, m, v, **data.params)
+            sites = Sites(duals.alpha + duals.beta * m, duals.beta, basis.num_outputs is not None)
+            elbo = elbo + duals.expected_log_prob.sum()
+        total.add(features, *sites.by_latent())
+        count += data.x.shape[:-1].numel()
+        parts.append(sites)
+    target = total.site()
+    empty = Sites.from_latent(*(target.lam[..., :0],) * 2, basis.num_outputs is not None)
+    return _Visit(q, float(elbo), Sites.cat(parts) if parts else empty, target, max(count, 1), exact, constants)
+
+
+def _conjugate(data: Data, noise: Tensor, features: Features) -> tuple[Sites, Tensor]:
+    y = data.y.double()
+    beta = (1.0 / noise.double()).expand(y.shape)
+    sites = Sites(y * beta, beta, data.targets_multi)
+    lam, beta = sites.by_latent()
+    squares = (beta * (lam / beta - features.prior_mean).square()).sum()
+    log_noise = (torch.log(2 * torch.pi / beta)).sum()
+    return sites, torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
+
+
+def _collapsed(q: Posterior, visit: _Visit) -> float:
+    """The ELBO of the exact q of a Gaussian likelihood, from sums that the pass has: no second pass."""
+    squares, prior_var, log_noise = visit.constants
+    A, c, w = q.site.B, q.site.lam, q.mean_w
+    Aw = (A @ w.unsqueeze(-1)).squeeze(-1)
+    fit = squares + (w * (Aw - 2 * c)).sum()
+    spread = prior_var - A.diagonal(dim1=-2, dim2=-1).sum() + (q.chol_inv @ A * q.chol_inv).sum()
+    return float(-0.5 * (fit + spread + log_noise) - q.kl().sum())
+
+
+def _advance(best: _Visit, lr: float) -> tuple[Posterior, float]:
+    """Step from the best visit towards the sites it asks for, halving the step until it leaves a Gaussian."""
+    while True:
+        try:
+            mixed = best.posterior.site * (1.0 - lr) + best.target * lr
+            return Posterior(best.posterior.basis, mixed), lr
+        except NotPositiveDefiniteError:
+            lr *= 0.5
+            if lr < _MIN_LR:
+                raise
+
+
+def _settle(best: _Visit) -> tuple[Posterior, Sites]:
+    """At convergence take the sites asked for whole, so that prior plus sites is the posterior to rounding."""
+    return Posterior(best.posterior.basis, best.target), best.sites

@@ -1,0 +1,198 @@
+"""The schedule of E- and M-steps: what `DualGP.fit` does, with nothing to tune.
+
+1. A random subset of max(10 M, 1000) data, when there are at least four times as many: sites, hyperparameters and Z are
+   brought near, at a small fraction of the cost of a pass over everything.
+2. All data. Gaussian likelihoods: L-BFGS on the collapsed bound. Others: rounds of an E-step to convergence and an
+   M-step on form S, whose optimum lies close to that of the E-step re-run at every θ, so a few rounds suffice.
+3. A last E-step to the end.
+
+Positive hyperparameters are learned as logarithms inside a trust region per M-step. The M-step is deterministic and
+line-searched: many noisy steps at sites grown stale, which never converge, cannot happen here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from gpytorch.kernels import Kernel
+from torch import Tensor
+
+from dualgp.errors import ConvergenceWarning, InputError
+from dualgp.gp.bound import conjugate_sites
+from dualgp.gp.data import Data
+from dualgp.gp.estep import Source, e_step
+from dualgp.gp.hyper import Hyper
+from dualgp.gp.minibatch import Batches, TensorBatches, learn_by_batches
+from dualgp.gp.mstep import m_step
+from dualgp.gp.progress import Progress
+from dualgp.gp.stop import Stop
+from dualgp.inducing import greedy_variance
+from dualgp.posterior import Posterior
+from dualgp.sites import Sites
+
+M_ITERATIONS = 50  # of L-BFGS in one M-step at Gaussian noise
+SUBSET_LIMIT = 20_000  # data from which Z is chosen
+M_ITERATIONS_BETWEEN = 12  # when sites have to be found again afterwards
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a fit went.
+
+    Attributes:
+        elbo: evidence lower bound of all data at the end, in nats, without the log prior of hyperparameters.
+        num_data: n, all batch dimensions counted.
+        rounds: E- and M-rounds on all data.
+        converged: whether the stopping rule was met before `max_rounds`.
+        seconds: wall time.
+        trace: (seconds, bound per datum) after each evaluation; those of the first stage are on the subset.
+    """
+
+    elbo: float
+    num_data: int
+    rounds: int
+    converged: bool
+    seconds: float
+    trace: list[tuple[float, float]] = field(repr=False)
+
+
+class Outcome(NamedTuple):
+    """What a fit hands to the model: learned modules and Z, q with its per-datum sites, and how it went."""
+
+    hyper: Hyper
+    posterior: Posterior
+    sites: Sites | None
+    result: FitResult
+
+
+def fit_in_memory(
+    make: Callable[[Data], Hyper],
+    data: Data,
+    stop: Stop,
+    progress: Progress,
+    generator: torch.Generator | None,
+) -> Outcome:
+    """Learn sites, hyperparameters and Z on data held in memory.
+
+    Args:
+        make: makes the working copy, with Z chosen from the data it is given.
+        data: all of it.
+        stop: the stopping rule.
+        progress: told of every evaluation.
+        generator: for the subset of the first stage.
+    """
+    size = min(len(data), SUBSET_LIMIT)
+    first = data.rows(random_rows(len(data), size, generator, data.x.device)) if size < len(data) else data
+    hyper = make(first)
+    small = subset_size(len(data), hyper.Z.shape[-2])
+    if small < len(data) and hyper.trained():
+        subset = data.rows(random_rows(len(data), small, generator, data.x.device))
+        alternate(hyper, subset, stop.looser(), progress)
+    rounds, converged = alternate(hyper, data, stop, progress)
+    return _finish(hyper, data, len(data), rounds, converged, progress)
+
+
+def fit_batches(
+    make: Callable[[Data], Hyper],
+    batches: Batches | TensorBatches,
+    stop: Stop,
+    progress: Progress,
+    generator: torch.Generator | None,
+) -> Outcome:
+    """Learn on batches: a sample in memory first, then stochastic steps, then E-steps over all of them.
+
+    Arguments as in `fit_in_memory`, with the source of batches in place of the data.
+    """
+    sample, n = batches.sample(SUBSET_LIMIT, generator)
+    hyper = make(sample)
+    progress.n = n
+    rounds, converged = 0, True
+    if hyper.trained():
+        small = min(len(sample), max(10 * hyper.Z.shape[-2], 1000))
+        subset = sample.rows(random_rows(len(sample), small, generator, sample.x.device))
+        alternate(hyper, subset, stop.looser(), progress)
+        start = e_step(Source(hyper.basis(), subset), hyper.likelihood, tol=stop.tol).posterior
+        rounds, converged = learn_by_batches(hyper, batches, start, len(subset), n, stop, progress)
+    return _finish(hyper, batches.whole(), n, rounds, converged, progress)
+
+
+def _finish(hyper: Hyper, data: Data | Batches, n: int, rounds: int, converged: bool, progress: Progress) -> Outcome:
+    """Round the hyperparameters to how they are stored, find the sites there, and report."""
+    hyper.round()
+    final = e_step(Source(hyper.basis(), data), hyper.likelihood)
+    if not (converged and final.converged):
+        warnings.warn(
+            f"The fit stopped at its limit of rounds ({rounds}) before a round gained less than tol; raise "
+            "max_rounds, or tol.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    result = FitResult(final.elbo, n, rounds, converged and final.converged, progress.seconds, progress.trace)
+    return Outcome(hyper, final.posterior, final.sites if isinstance(data, Data) else None, result)
+
+
+def initial_inducing_points(kernel: Kernel, given: Tensor | None, num_inducing: int | None, data: Data) -> Tensor:
+    """Return Z: the one given, or M of the data by greatest conditional variance under the kernel as it is.
+
+    Raises:
+        InputError: if Z does not fit the data, or there are fewer data than inducing points.
+    """
+    x = data.x
+    if given is not None:
+        if given.shape[-1] != x.shape[-1] or given.device != x.device:
+            raise InputError(
+                f"inducing_points have {given.shape[-1]} columns on {given.device}, X has {x.shape[-1]} on {x.device}; "
+                "they must agree (move the model with .to)."
+            )
+        return given.to(x.dtype).expand(*x.shape[:-2], *given.shape[-2:])
+    n = x.shape[-2]
+    m = min(100, n) if num_inducing is None else num_inducing
+    if not 1 <= m <= n:
+        raise InputError(
+            f"{m} inducing points need at least as many data, got {n}; lower num_inducing or leave it out."
+        )
+    flat = x.reshape(-1, *x.shape[-2:])
+    rows = [greedy_variance(kernel, one, m) for one in flat]
+    m = min(len(r) for r in rows)
+    Z = torch.stack([one[r[:m]] for one, r in zip(flat, rows, strict=True)])
+    return Z.reshape(*x.shape[:-2], m, x.shape[-1])
+
+
+def alternate(hyper: Hyper, data: Data, stop: Stop, progress: Progress) -> tuple[int, bool]:
+    """Alternate E- and M-steps; return the rounds taken and whether the rule was met."""
+    n = max(1, data.x.shape[:-1].numel())
+    conjugate = conjugate_sites(hyper, data) is not None
+    iterations = M_ITERATIONS if conjugate else M_ITERATIONS_BETWEEN
+    q: Posterior | None = None
+    last = -float("inf")
+    for done in range(1, stop.max_rounds + 1):
+        sites = None
+        if not conjugate:
+            basis = hyper.basis() if q is None else q.basis
+            found = e_step(Source(basis, data), hyper.likelihood, q, tol=0.1 * stop.tol)
+            sites = found.sites
+        step = m_step(
+            hyper, data, sites, max_iter=iterations, tol=0.1 * stop.tol, callback=lambda v: progress.bound(v, n)
+        )
+        q = step.bound.posterior
+        progress.round(f"fit {n}")
+        if step.bound.value - last < stop.tol * n or not hyper.trained():
+            return done, True
+        last = step.bound.value
+    return stop.max_rounds, False
+
+
+def subset_size(n: int, num_inducing: int) -> int:
+    """Return how many data the first stage takes (n if it would save little)."""
+    small = max(10 * num_inducing, 1000)
+    return small if n >= 4 * small else n
+
+
+def random_rows(n: int, size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Return `size` of n row numbers, without replacement."""
+    source = device if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=source)[:size].to(device)

@@ -1,0 +1,182 @@
+"""Learning from batches that do not fit in memory together: form S for the batch, form U for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dualgp.duals import dual_parameters
+from dualgp.errors import InputError
+from dualgp.gp.bound import Anchor, batch_bound
+from dualgp.gp.data import Data
+from dualgp.gp.hyper import Hyper
+from dualgp.gp.progress import Progress
+from dualgp.gp.stop import Stop
+from dualgp.posterior import Posterior, SiteSum
+from dualgp.sites import Sites
+
+LR = 0.02  # of Adam at the start
+MIN_LR = 1e-3
+LR_FACTOR = 0.4  # at each plateau
+ROUND_STEPS = 50  # at least, in a round
+
+
+class Batches:
+    """Checked batches of (X, y) or (X, y, noise) out of a loader, or of tensors in memory in random order.
+
+    Args:
+        loader: anything that can be iterated again and again for tuples of tensors.
+        check: turns one tuple into checked `Data`.
+    """
+
+    def __init__(self, loader: Iterable[tuple[Tensor, ...]], check: Callable[..., Data]) -> None:
+        self.loader, self.check = loader, check
+
+    def __iter__(self) -> Iterator[Data]:
+        for batch in self.loader:
+            if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
+                raise InputError(
+                    f"A loader must give (X, y), or (X, y, noise) for a FixedNoiseGaussianLikelihood; got "
+                    f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, list | tuple) else ''}."
+                )
+            yield self.check(*batch)
+
+    def whole(self) -> Batches:
+        """Return what an E-step passes over."""
+        return self
+
+    def sample(self, size: int, generator: torch.Generator | None) -> tuple[Data, int]:
+        """Return `size` data drawn without replacement in one pass, and how many there are in all."""
+        kept, keys, n = [], [], 0
+        for data in self:
+            n += len(data)
+            device = "cpu" if generator is None else generator.device
+            key = torch.rand(len(data), generator=generator, device=device).cpu()
+            kept.append(data)
+            keys.append(key)
+            if sum(len(d) for d in kept) > 2 * size:  # keep the smallest keys: a uniform sample
+                kept, keys = _smallest(kept, keys, size)
+        if n == 0:
+            raise InputError("The loader gave no data.")
+        kept, keys = _smallest(kept, keys, size)
+        return kept[0], n
+
+
+def _smallest(kept: list[Data], keys: list[Tensor], size: int) -> tuple[list[Data], list[Tensor]]:
+    key = torch.cat(keys)
+    order = key.argsort()[:size]
+    joined = Data(
+        torch.cat([d.x for d in kept], -2),
+        torch.cat([d.y for d in kept], -2 if kept[0].targets_multi else -1),
+        kept[0].targets_multi,
+        {k: torch.cat([d.params[k] for d in kept], -1) for k in kept[0].params},
+    )
+    return [joined.rows(order.to(joined.x.device))], [key[order]]
+
+
+class TensorBatches:
+    """Tensors in memory cut into batches, in a new random order on every pass."""
+
+    def __init__(self, data: Data, batch_size: int, generator: torch.Generator | None) -> None:
+        self.data, self.batch_size, self.generator = data, batch_size, generator
+
+    def whole(self) -> Data:
+        """Return what an E-step passes over."""
+        return self.data
+
+    def sample(self, size: int, generator: torch.Generator | None) -> tuple[Data, int]:
+        """Return `size` data drawn without replacement, and how many there are in all."""
+        rows = self._order(generator)[:size]
+        return self.data.rows(rows), len(self.data)
+
+    def __iter__(self) -> Iterator[Data]:
+        order = self._order(self.generator)
+        for start in range(0, len(self.data), self.batch_size):
+            yield self.data.rows(order[start : start + self.batch_size])
+
+    def _order(self, generator: torch.Generator | None) -> Tensor:
+        device = self.data.x.device if generator is None else generator.device
+        return torch.randperm(len(self.data), generator=generator, device=device).to(self.data.x.device)
+
+
+def learn_by_batches(
+    hyper: Hyper,
+    batches: Iterable[Data],
+    start: Posterior,
+    seen: int,
+    n: int,
+    stop: Stop,
+    progress: Progress,
+) -> tuple[int, bool]:
+    """Learn hyperparameters and Z by stochastic gradients; leave `hyper` at the last point.
+
+    In each step the site of what is not in the batch is read on u at the new θ (form U), the batch's sites are found at
+    the present q and enter with weight ρ n/b, unbiased, and Adam takes a step on n/b Σ E log p − KL. ρ counts data: a
+    running mean over the data seen until an epoch is full, then a window of one epoch. A plateau of the epoch's mean
+    bound cuts Adam's rate, and the third such cut ends it. Sites with β < 0 are cut at 0 here, to keep each step a
+    Gaussian; the E-step that follows takes them whole.
+
+    Args:
+        hyper: changed in place.
+        batches: iterated once per epoch.
+        start: the posterior of `seen` data drawn at random.
+        seen: how many.
+        n: all data.
+        stop: the stopping rule; an epoch that gains less than its tolerance is a plateau.
+        progress: told of every round.
+
+    Returns:
+        Rounds taken, and whether the rule was met.
+    """
+    parameters = hyper.trained()
+    if not parameters:
+        return 0, True
+    optimizer = torch.optim.Adam(parameters, lr=LR)
+    anchor = Anchor.of(start.basis, start.site * (n / seen))
+    best, total = -float("inf"), seen
+    for done in range(1, stop.max_rounds + 1):
+        values, weight, steps = 0.0, 0, 0
+        while steps < ROUND_STEPS:  # an epoch, or as many as make a mean worth comparing
+            for batch in batches:
+                b = len(batch)
+                total += b
+                value, anchor = _step(hyper, optimizer, batch, anchor, max(b / total, b / n), n / b)
+                values, weight, steps = values + b * value, weight + b, steps + 1
+        mean = values / weight
+        progress.bound(mean)
+        progress.round(f"batches of {n}")
+        if mean < best + stop.tol * n:
+            for group in optimizer.param_groups:
+                group["lr"] *= LR_FACTOR
+            if optimizer.param_groups[0]["lr"] < MIN_LR:
+                return done, True
+        best = max(best, mean)
+    return stop.max_rounds, False
+
+
+def _step(
+    hyper: Hyper, optimizer: torch.optim.Optimizer, batch: Data, anchor: Anchor, rho: float, scale: float
+) -> tuple[float, Anchor]:
+    """One stochastic E- and M-step; return the batch's estimate of the bound and the new anchor."""
+    with torch.no_grad():
+        basis = hyper.basis()
+        Z = basis.expand(hyper.Z.to(hyper.dtype))
+        site = anchor.carry(hyper, Z, basis.L, basis.prior_mean(Z))
+        q = Posterior(basis, site)
+        features = basis.features(batch.x)
+        m, v = (q.by_output(t) for t in q.marginals(features))
+        duals = dual_parameters(hyper.likelihood, batch.y, m, v, **batch.params)
+        beta = duals.beta.clamp_min(0.0)
+        sites = Sites(duals.alpha + beta * m, beta, basis.num_outputs is not None) * (rho * scale)
+        rest = Anchor.of(basis, site * (1.0 - rho))
+        fresh = SiteSum(basis)
+        fresh.add(features, *sites.by_latent())
+        after = Anchor.of(basis, rest.site + fresh.site())
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        bound = batch_bound(hyper, batch, sites, rest, scale)
+        (-bound / (scale * len(batch))).backward()
+    optimizer.step()
+    return float(bound.detach()), after

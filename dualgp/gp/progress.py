@@ -1,0 +1,47 @@
+"""One progress bar for long work; silent where nobody watches."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+
+class Progress:
+    """Counts rounds, remembers the trace of the bound per datum, and shows both after a second of work.
+
+    Args:
+        total: rounds at most, or None.
+        n: data, to show the bound per datum.
+        show: True, False, or None for "if standard error is a terminal".
+    """
+
+    def __init__(self, total: int | None, n: int, show: bool | None) -> None:
+        self.n = max(1, n)
+        self.start = time.perf_counter()
+        self.trace: list[tuple[float, float]] = []
+        disable = None if show is None else not show
+        self._bar = tqdm(total=total, desc="fit", unit="round", leave=False, delay=1.0, disable=disable)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+
+    def bound(self, value: float, n: int | None = None) -> None:
+        """Note a value of the bound, summed over n data."""
+        self.trace.append((time.perf_counter() - self.start, value / (n or self.n)))
+
+    def round(self, stage: str) -> None:
+        """Note the end of a round."""
+        self._bar.set_description(stage, refresh=False)
+        if self.trace:
+            self._bar.set_postfix_str(f"ELBO/n {self.trace[-1][1]:.4f}", refresh=False)
+        self._bar.update()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.start

@@ -1,0 +1,98 @@
+"""Saving and loading a fitted `DualGP`: tensors in safetensors, written atomically, nothing executed on loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import Likelihood
+from gpytorch.means import Mean
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dualgp.errors import InputError, NotFittedError
+
+if TYPE_CHECKING:
+    from dualgp.gp.model import DualGP
+
+FORMAT = "dualgp.DualGP"
+FORMAT_VERSION = 1
+
+
+def save(model: DualGP, path: str | PathLike[str]) -> None:
+    """Write the model's state to `path`: to a file beside it first, then renamed over it."""
+    if model.site_lam is None:
+        raise NotFittedError("There is nothing to save: call fit(X, y) first.")
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    config = {
+        "kernel": type(model.kernel).__name__,
+        "likelihood": type(model.likelihood).__name__,
+        "mean": None if model.mean is None else type(model.mean).__name__,
+        "num_outputs": model.num_outputs,
+        "jitter": model.jitter,
+    }
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "config": json.dumps(config)}
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(
+    cls: type[DualGP], path: str | PathLike[str], kernel: Kernel, likelihood: Likelihood, mean: Mean | None
+) -> DualGP:
+    """Read a model written by `save` into the modules given."""
+    config, tensors = _read(path)
+    given = {
+        "kernel": type(kernel).__name__,
+        "likelihood": type(likelihood).__name__,
+        "mean": None if mean is None else type(mean).__name__,
+    }
+    for part, name in given.items():
+        if config[part] != name:
+            raise InputError(
+                f"{path} was saved with {part} {config[part]}, but {name} was given; give one of that kind."
+            )
+    model = cls(kernel, likelihood, mean=mean, num_outputs=config["num_outputs"], jitter=config["jitter"])
+    expected = model.state_dict().keys() | {"inducing_points", "site_lam", "site_B"}
+    missing, extra = expected - tensors.keys(), tensors.keys() - expected - {"lam", "beta"}
+    if missing or extra:
+        raise InputError(
+            f"{path} does not fit the modules given: it lacks {sorted(missing)} and has {sorted(extra)} besides. Build "
+            "the kernel, likelihood and mean as they were when it was saved."
+        )
+    for name, value in model.state_dict().items():
+        if value.shape != tensors[name].shape:
+            raise InputError(
+                f"{path} has {name} of shape {tuple(tensors[name].shape)}, the modules given {tuple(value.shape)}."
+            )
+    model.load_state_dict(tensors)
+    return model
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not Path(path).is_file():
+        raise InputError(f"There is no file at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file, or is truncated: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} does not hold a DualGP (its format is {metadata.get('format')!r}).")
+    if metadata.get("version") != str(FORMAT_VERSION):
+        raise InputError(
+            f"{path} has format version {metadata.get('version')}, this dualgp reads {FORMAT_VERSION}; update dualgp."
+        )
+    return json.loads(metadata["config"]), tensors
