@@ -269,7 +269,7 @@ def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = Non
     L, _ = psd_cholesky(symmetrise(cross_covariance(hyper.kernel, Z, Z, torch.float64)), hyper.jitter)
     cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
     phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
-    mu, mu_z = (torch.zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(v.double()) for v in (x, Z))
+    mu, mu_z = (v.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(v.double()) for v in (x, Z))
     site = sites.pull_back(phi, mu)
     if old is not None:
         site = site + old.carry(hyper, Z, L, mu_z)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from gpytorch.likelihoods import Likelihood
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis
@@ -75,8 +75,9 @@ def e_step(
 
         λ ← (1 − ρ) λ + ρ (α + β_q m),   β ← (1 − ρ) β + ρ β_q
 
-    with the duals (α, β_q) taken at the present q. Gaussian likelihoods are exact in one pass. Otherwise ρ = 1,
-    halved when the bound would fall or the precision lose positivity (as can be where the likelihood is not
+    with the duals (α, β_q) taken at the present q. Gaussian likelihoods are exact in one pass. Otherwise ρ = 1 (2/3 for
+    softmax: q factorises over the classes, so this is a Jacobi step, whose eigenvalues against the true curvature
+    diag(p) − ppᵀ reach 2), halved when the bound would fall or the precision lose positivity (as can be where the likelihood is not
     log-concave), doubled after a success; no β is clipped, so the fixed point is a stationary point of the ELBO.
 
     Args:
@@ -90,7 +91,7 @@ def e_step(
     """
     q = start or Posterior(source.basis)
     best: _Visit | None = None
-    lr = 1.0
+    lr = longest = 2.0 / 3.0 if isinstance(likelihood, SoftmaxLikelihood) else 1.0
     for step in range(1, max_passes + 1):
         visit = _visit(q, likelihood, source)
         if visit.exact:
@@ -98,7 +99,7 @@ def e_step(
             return EStep(q, visit.sites, _collapsed(q, visit), step, True)
         gain = float("inf") if best is None else visit.elbo - best.elbo
         if best is None or gain >= -1e-9 * abs(best.elbo):
-            best, lr = visit, min(1.0, 2.0 * lr)
+            best, lr = visit, min(longest, 2.0 * lr)
         else:
             lr *= 0.5
         if gain < tol * visit.num_data and (gain >= 0 or lr < _MIN_LR):

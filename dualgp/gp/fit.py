@@ -21,7 +21,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from dualgp.errors import ConvergenceWarning, InputError
+from dualgp.errors import ConvergenceWarning, InputError, NumericalWarning
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
@@ -35,7 +35,6 @@ from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
 M_ITERATIONS = 50  # of L-BFGS in one M-step at Gaussian noise
-SUBSET_LIMIT = 20_000  # data from which Z is chosen
 M_ITERATIONS_BETWEEN = 12  # when sites have to be found again afterwards
 
 
@@ -72,6 +71,7 @@ class Outcome(NamedTuple):
 def fit_in_memory(
     make: Callable[[Data], Hyper],
     data: Data,
+    num_inducing: int,
     stop: Stop,
     progress: Progress,
     generator: torch.Generator | None,
@@ -81,16 +81,17 @@ def fit_in_memory(
     Args:
         make: makes the working copy, with Z chosen from the data it is given.
         data: all of it.
+        num_inducing: M, for the size of the subset that Z is chosen from and the first stage runs on.
         stop: the stopping rule.
         progress: told of every evaluation.
         generator: for the subset of the first stage.
     """
-    size = min(len(data), SUBSET_LIMIT)
-    first = data.rows(random_rows(len(data), size, generator, data.x.device)) if size < len(data) else data
-    hyper = make(first)
-    small = subset_size(len(data), hyper.Z.shape[-2])
-    if small < len(data) and hyper.trained():
-        subset = data.rows(random_rows(len(data), small, generator, data.x.device))
+    subset = data
+    size = subset_size(num_inducing)
+    if len(data) >= 4 * size:
+        subset = data.rows(random_rows(len(data), size, generator, data.x.device))
+    hyper = make(subset)
+    if subset is not data and hyper.trained():
         alternate(hyper, subset, stop.looser(), progress)
     rounds, converged = alternate(hyper, data, stop, progress)
     return _finish(hyper, data, len(data), rounds, converged, progress)
@@ -99,6 +100,7 @@ def fit_in_memory(
 def fit_batches(
     make: Callable[[Data], Hyper],
     batches: Batches | TensorBatches,
+    num_inducing: int,
     stop: Stop,
     progress: Progress,
     generator: torch.Generator | None,
@@ -107,13 +109,11 @@ def fit_batches(
 
     Arguments as in `fit_in_memory`, with the source of batches in place of the data.
     """
-    sample, n = batches.sample(SUBSET_LIMIT, generator)
-    hyper = make(sample)
+    subset, n = batches.sample(subset_size(num_inducing), generator)
+    hyper = make(subset)
     progress.n = n
     rounds, converged = 0, True
     if hyper.trained():
-        small = min(len(sample), max(10 * hyper.Z.shape[-2], 1000))
-        subset = sample.rows(random_rows(len(sample), small, generator, sample.x.device))
         alternate(hyper, subset, stop.looser(), progress)
         start = e_step(Source(hyper.basis(), subset), hyper.likelihood, tol=stop.tol).posterior
         rounds, converged = learn_by_batches(hyper, batches, start, len(subset), n, stop, progress)
@@ -157,7 +157,14 @@ def initial_inducing_points(kernel: Kernel, given: Tensor | None, num_inducing: 
         )
     flat = x.reshape(-1, *x.shape[-2:])
     rows = [greedy_variance(kernel, one, m) for one in flat]
-    m = min(len(r) for r in rows)
+    found = min(len(r) for r in rows)
+    if found < m and num_inducing is not None:
+        warnings.warn(
+            f"Only {found} inputs differ enough to serve as inducing points, of {m} asked for.",
+            NumericalWarning,
+            stacklevel=5,
+        )
+    m = found
     Z = torch.stack([one[r[:m]] for one, r in zip(flat, rows, strict=True)])
     return Z.reshape(*x.shape[:-2], m, x.shape[-1])
 
@@ -186,10 +193,9 @@ def alternate(hyper: Hyper, data: Data, stop: Stop, progress: Progress) -> tuple
     return stop.max_rounds, False
 
 
-def subset_size(n: int, num_inducing: int) -> int:
-    """Return how many data the first stage takes (n if it would save little)."""
-    small = max(10 * num_inducing, 1000)
-    return small if n >= 4 * small else n
+def subset_size(num_inducing: int) -> int:
+    """Return how many data the first stage takes."""
+    return max(10 * num_inducing, 1000)
 
 
 def random_rows(n: int, size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

@@ -161,13 +161,14 @@ class DualGP(nn.Module):
             )
         stop = Stop(tol, max_rounds)
         with Progress(None, len(data) if data else 1, progress) as bar:
+            M = (self.num_inducing or 100) if self.inducing_points is None else self.inducing_points.shape[-2]
             make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
             if data is not None and batch_size is None:
-                outcome = fit_in_memory(make, data, stop, bar, generator)
+                outcome = fit_in_memory(make, data, M, stop, bar, generator)
             elif data is not None:
-                outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), stop, bar, generator)
+                outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), M, stop, bar, generator)
             else:
-                outcome = fit_batches(make, Batches(X, self._check_batch), stop, bar, generator)
+                outcome = fit_batches(make, Batches(X, self._check_batch), M, stop, bar, generator)
         self._adopt(outcome.hyper, outcome.posterior, outcome.sites)
         self.result = outcome.result
         return outcome.result
