@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualgp.errors import BasisMismatchError, InputError
-from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal
-from dualgp.linalg import mul_lower, psd_cholesky, row_chunks, symmetrise, tri_inverse
+from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.linalg import mul_lower, psd_cholesky, row_chunks, tri_inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class InducingBasis:
             raise InputError("inducing_points must be finite, but hold NaN or infinity.")
         self.kernel: Kernel = kernel if _owned else frozen_copy(kernel)
         self.mean: Mean | None = mean if _owned or mean is None else frozen_copy(mean)
-        self.inducing_points = inducing_points.detach() if _owned else inducing_points.detach().clone()
+        self.inducing_points = inducing_points.detach().clone()
         self.num_outputs = num_outputs
         self.requested_jitter = jitter
         with torch.no_grad():
@@ -121,8 +121,7 @@ class InducingBasis:
 
     def prior_covariance(self, x: Tensor) -> Float[Tensor, "*b n n"]:
         """Return k(x, x) in float64, symmetric, with an exact diagonal."""
-        K = symmetrise(cross_covariance(self.kernel, x, x, torch.float64))
-        return K.diagonal_scatter(kernel_diagonal(self.kernel, x).expand(K.shape[:-1]), dim1=-2, dim2=-1)
+        return prior_covariance(self.kernel, x)
 
     def prior_mean(self, x: Tensor) -> Float[Tensor, "*b n"]:
         """Return μ(x) in float64."""

@@ -26,7 +26,7 @@ from dualgp.basis import Features, InducingBasis
 from dualgp.duals import expected_log_prob, gaussian_noise
 from dualgp.gp.data import Data
 from dualgp.gp.hyper import Hyper
-from dualgp.kernels import cross_covariance, kernel_diagonal
+from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
 from dualgp.linalg import GramSum, logdet, mul_lower, precision_cholesky, psd_cholesky, row_chunks, symmetrise
 from dualgp.posterior import Posterior, SiteSum
 from dualgp.sites import Site, Sites
@@ -204,7 +204,7 @@ class _Adjoint:
         d_Kzz = d_Kzz + basis.jitter * trace * eye  # the jitter is relative to the mean of the diagonal
         with torch.enable_grad():
             Z = basis.expand(hyper.Z.to(basis.dtype))
-            Kzz = cross_covariance(hyper.kernel, Z, Z, torch.float64)
+            Kzz = prior_covariance(hyper.kernel, Z)
             log_prior = hyper.log_prior()
         self._pull([(Kzz, d_Kzz), (log_prior, torch.ones_like(log_prior))])
         return float(self.value - self.q.kl().sum() + log_prior.detach()), self.gradient
@@ -266,7 +266,7 @@ def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = Non
     Z = hyper.Z.to(hyper.dtype)
     Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
     x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
-    L, _ = psd_cholesky(symmetrise(cross_covariance(hyper.kernel, Z, Z, torch.float64)), hyper.jitter)
+    L, _ = psd_cholesky(prior_covariance(hyper.kernel, Z), hyper.jitter)
     cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
     phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
     mu, mu_z = (v.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(v.double()) for v in (x, Z))
@@ -298,7 +298,7 @@ class Anchor(NamedTuple):
     def of(cls, basis: InducingBasis, site: Site) -> Anchor:
         """Anchor a site on `basis`; nothing of it changes when the basis's modules train on."""
         Z = basis.expand(basis.inducing_points)
-        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach(), basis.jitter, site)
+        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach().clone(), basis.jitter, site)
 
     def carry(self, hyper: Hyper, Z: Tensor, L: Tensor, mu_z: Tensor) -> Site:
         """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""

@@ -77,8 +77,9 @@ def e_step(
 
     with the duals (α, β_q) taken at the present q. Gaussian likelihoods are exact in one pass. Otherwise ρ = 1 (2/3 for
     softmax: q factorises over the classes, so this is a Jacobi step, whose eigenvalues against the true curvature
-    diag(p) − ppᵀ reach 2), halved when the bound would fall or the precision lose positivity (as can be where the likelihood is not
-    log-concave), doubled after a success; no β is clipped, so the fixed point is a stationary point of the ELBO.
+    diag(p) − ppᵀ reach 2). ρ is halved when the bound would fall or the precision lose positivity, as can be where the
+    likelihood is not log-concave, and doubled after a success; no β is clipped, so the fixed point is a stationary
+    point of the ELBO.
 
     Args:
         source: data and basis.

@@ -28,7 +28,7 @@ from dualgp.gp.estep import Source, e_step
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.minibatch import Batches, TensorBatches, learn_by_batches
 from dualgp.gp.mstep import m_step
-from dualgp.gp.progress import Progress
+from dualgp.gp.progress import Progress, TracePoint
 from dualgp.gp.stop import Stop
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
@@ -48,7 +48,7 @@ class FitResult:
         rounds: E- and M-rounds on all data.
         converged: whether the stopping rule was met before `max_rounds`.
         seconds: wall time.
-        trace: (seconds, bound per datum) after each evaluation; those of the first stage are on the subset.
+        trace: the bound after each evaluation; points of the first stage are of the subset, as their `num_data` says.
     """
 
     elbo: float
@@ -56,7 +56,7 @@ class FitResult:
     rounds: int
     converged: bool
     seconds: float
-    trace: list[tuple[float, float]] = field(repr=False)
+    trace: list[TracePoint] = field(repr=False)
 
 
 class Outcome(NamedTuple):
@@ -111,7 +111,6 @@ def fit_batches(
     """
     subset, n = batches.sample(subset_size(num_inducing), generator)
     hyper = make(subset)
-    progress.n = n
     rounds, converged = 0, True
     if hyper.trained():
         alternate(hyper, subset, stop.looser(), progress)

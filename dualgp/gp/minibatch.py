@@ -145,7 +145,7 @@ def learn_by_batches(
                 value, anchor = _step(hyper, optimizer, batch, anchor, max(b / total, b / n), n / b)
                 values, weight, steps = values + b * value, weight + b, steps + 1
         mean = values / weight
-        progress.bound(mean)
+        progress.bound(mean, n)
         progress.round(f"batches of {n}")
         if mean < best + stop.tol * n:
             for group in optimizer.param_groups:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
+
+
+class TracePoint(NamedTuple):
+    """Seconds since the start of the fit, bound in nats per datum, and how many data it is the bound of."""
+
+    seconds: float
+    bound: float
+    num_data: int
 
 
 class Progress:
@@ -13,14 +22,12 @@ class Progress:
 
     Args:
         total: rounds at most, or None.
-        n: data, to show the bound per datum.
         show: True, False, or None for "if standard error is a terminal".
     """
 
-    def __init__(self, total: int | None, n: int, show: bool | None) -> None:
-        self.n = max(1, n)
+    def __init__(self, total: int | None, show: bool | None) -> None:
         self.start = time.perf_counter()
-        self.trace: list[tuple[float, float]] = []
+        self.trace: list[TracePoint] = []
         disable = None if show is None else not show
         self._bar = tqdm(total=total, desc="fit", unit="round", leave=False, delay=1.0, disable=disable)
 
@@ -30,15 +37,15 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.close()
 
-    def bound(self, value: float, n: int | None = None) -> None:
-        """Note a value of the bound, summed over n data."""
-        self.trace.append((time.perf_counter() - self.start, value / (n or self.n)))
+    def bound(self, value: float, n: int) -> None:
+        """Note a value of the bound on n data."""
+        self.trace.append(TracePoint(time.perf_counter() - self.start, value / n, n))
 
     def round(self, stage: str) -> None:
         """Note the end of a round."""
         self._bar.set_description(stage, refresh=False)
         if self.trace:
-            self._bar.set_postfix_str(f"ELBO/n {self.trace[-1][1]:.4f}", refresh=False)
+            self._bar.set_postfix_str(f"ELBO/n {self.trace[-1].bound:.4f}", refresh=False)
         self._bar.update()
 
     @property

@@ -67,6 +67,12 @@ def kernel_diagonal(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n"]:
     return kernel(x.double(), diag=True)
 
 
+def prior_covariance(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n n"]:
+    """Return k(x, x) in float64, symmetric, with an exact diagonal; differentiable."""
+    K = cross_covariance(kernel, x, x, torch.float64)
+    return (0.5 * (K + K.mT)).diagonal_scatter(kernel_diagonal(kernel, x).expand(K.shape[:-1]), dim1=-2, dim2=-1)
+
+
 def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:
     """Return a float64 copy of a GPyTorch module that shares nothing with it and takes no gradient."""
     module = copy.deepcopy(module).double()

@@ -84,7 +84,8 @@ class _Matern(torch.autograd.Function):
         # dk/dh = −4ν dk/da² = −2ν k'(a) / a
         if nu == 0.5:
             out = decay
-            slope = decay / a.clamp_min(1e-15)
+            # Infinite at r = 0, where the distance has no gradient: rounding errors of r² must not meet it.
+            slope = torch.where(a > 1e-6, decay / a, 0.0)
         elif nu == 1.5:
             out = (1 + a).mul_(decay)
             slope = 3.0 * decay
