@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualgp.errors import BasisMismatchError, InputError
-from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.kernels import cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
 from dualgp.linalg import mul_lower, psd_cholesky, row_chunks, tri_inverse
 
 
@@ -115,6 +115,10 @@ class InducingBasis:
         """M."""
         return self.inducing_points.shape[-2]
 
+    def is_of(self, kernel: Kernel, mean: Mean | None) -> bool:
+        """Return whether the basis was built at the present values of these modules."""
+        return _same_values(self.kernel, kernel) and _same_values(self.mean, mean)
+
     def expand(self, x: Tensor) -> Tensor:
         """Return x [*batch, n, D] with a dimension for the outputs, where there are both."""
         return x.unsqueeze(-3) if self.num_outputs is not None and x.ndim > 2 else x
@@ -159,18 +163,18 @@ class InducingBasis:
             A = self.L_inv @ new.L
             shift = new.prior_mean(self.expand(Z)) - self.prior_mean(self.expand(Z))
             return A, (self.L_inv @ shift.unsqueeze(-1)).squeeze(-1)
-        if not _same_parameters(self, new):
+        if not new.is_of(self.kernel, self.mean):
             raise BasisMismatchError("Both Z and the hyperparameters differ: move one, then the other.")
         A = self.L_inv @ cross_covariance(self.kernel, self.expand(Z), self.expand(Z_new), torch.float64) @ new.L_inv.mT
         return A, torch.zeros(A.shape[:-1], dtype=A.dtype, device=A.device)
 
 
-def _same_parameters(a: InducingBasis, b: InducingBasis) -> bool:
-    if type(a.kernel) is not type(b.kernel) or type(a.mean) is not type(b.mean):
+def _same_values(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if describe(a) != describe(b):
         return False
-    pairs = [(a.kernel, b.kernel)] + ([] if a.mean is None else [(a.mean, b.mean)])
-    for left, right in pairs:
-        mine, theirs = left.state_dict(), right.state_dict()
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
-            return False
-    return True
+    mine, theirs = a.state_dict(), b.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[k].double(), theirs[k].to(mine[k].device).double()) for k in mine
+    )

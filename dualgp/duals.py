@@ -7,7 +7,7 @@
 | likelihood | E_q[log p] |
 |---|---|
 | Gaussian, fixed noise, multitask Gaussian of rank 0 | closed form; λ = y/σ², β = 1/σ² whatever q is |
-| Poisson with rate e^f | closed form |
+| Poisson with rate e^f, Laplace | closed form |
 | softmax, one latent per class | one-dimensional integral of one-dimensional integrals, no sampling |
 | Bernoulli probit, logit | Gauss–Hermite on `torch.special.log_ndtr`, `logsigmoid` |
 | any other one-dimensional GPyTorch likelihood | Gauss–Hermite on its `forward` |
@@ -22,11 +22,15 @@ import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
+    BetaLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
+    LaplaceLikelihood,
     Likelihood,
     MultitaskGaussianLikelihood,
+    PoissonLikelihood,
     SoftmaxLikelihood,
+    StudentTLikelihood,
 )
 from gpytorch.likelihoods.likelihood import _Likelihood, _OneDimensionalLikelihood
 from linear_operator.operators import DiagLinearOperator
@@ -34,7 +38,7 @@ from torch import Tensor
 
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
-from dualgp.quadrature import expectation, expected_logsumexp
+from dualgp.quadrature import MANY_NODES, NUM_NODES, expectation, expected_logsumexp
 
 _LOG_2PI = 1.8378770664093453
 
@@ -102,9 +106,17 @@ def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tens
     y = y.double()
     if type(likelihood) is LogPoissonLikelihood:
         return y * mean - (mean + 0.5 * var).exp() - torch.lgamma(y + 1.0)
+    if type(likelihood) is LaplaceLikelihood:
+        return _laplace(y, mean, var, likelihood.noise.double().sqrt())
     if isinstance(likelihood, _OneDimensionalLikelihood):
-        return expectation(lambda f: conditional_log_prob(likelihood, y, f, **params), mean, var)
+        return expectation(lambda f: conditional_log_prob(likelihood, y, f, **params), mean, var, num_nodes(likelihood))
     return likelihood.expected_log_prob(y, _diagonal_normal(y, mean, var), **params)
+
+
+def num_nodes(likelihood: Likelihood) -> int:
+    """Return how many Gauss–Hermite nodes a one-dimensional likelihood takes."""
+    narrow = StudentTLikelihood, LaplaceLikelihood, BetaLikelihood  # (Laplace in prediction only)
+    return MANY_NODES if isinstance(likelihood, narrow) else NUM_NODES
 
 
 def conditional_log_prob(likelihood: Likelihood, y: Tensor, f: Tensor, **params: Tensor) -> Tensor:
@@ -113,6 +125,10 @@ def conditional_log_prob(likelihood: Likelihood, y: Tensor, f: Tensor, **params:
         return torch.special.log_ndtr((2.0 * y - 1.0) * f)
     if type(likelihood) is LogitBernoulliLikelihood:
         return torch.nn.functional.logsigmoid((2.0 * y - 1.0) * f)
+    if type(likelihood) is PoissonLikelihood:  # log softplus(f) tends to f, where softplus underflows
+        rate = torch.nn.functional.softplus(f)
+        log_rate = torch.where(f < -30.0, f, rate.clamp_min(1e-30).log())
+        return y * log_rate - rate - torch.lgamma(y + 1.0)
     return likelihood.forward(f, **params).log_prob(y)
 
 
@@ -198,8 +214,9 @@ _REMEDIES = {
 def _has_expectation(likelihood: _Likelihood) -> bool:
     if type(getattr(likelihood, "noise_covar", None)).__name__ in _REMEDIES:
         return False
-    own = type(likelihood).expected_log_prob not in (_Likelihood.expected_log_prob, Likelihood.expected_log_prob)
-    return isinstance(likelihood, _OneDimensionalLikelihood) or own
+    if isinstance(likelihood, _OneDimensionalLikelihood | SoftmaxLikelihood):
+        return True
+    return type(likelihood).expected_log_prob not in (_Likelihood.expected_log_prob, Likelihood.expected_log_prob)
 
 
 def check_targets(likelihood: Likelihood, y: Tensor) -> None:
@@ -214,10 +231,11 @@ def check_targets(likelihood: Likelihood, y: Tensor) -> None:
         bad, want = (y != 0) & (y != 1), "0 or 1 (turn labels −1/+1 into (y + 1) / 2)"
     elif isinstance(likelihood, _OneDimensionalLikelihood):
         with torch.no_grad():
-            log_prob = likelihood.forward(torch.zeros_like(y, dtype=torch.float64))
-            bad = ~log_prob.support.check(y.double())
-            bad = bad | ~torch.isfinite(log_prob.log_prob(torch.where(bad, log_prob.mean, y.double())))
-        want = f"in the support of {type(log_prob).__name__}: {log_prob.support}"
+            at_zero = likelihood.forward(torch.zeros_like(y, dtype=torch.float64))
+            bad = ~at_zero.support.check(y.double())
+            if not bad.any():  # on the closed boundary of a support the density may be 0 or infinite
+                bad = ~torch.isfinite(at_zero.log_prob(y.double()))
+        want = f"in the support of {type(at_zero).__name__}: {at_zero.support}"
     else:
         return
     if bad.any():
@@ -230,6 +248,14 @@ def check_targets(likelihood: Likelihood, y: Tensor) -> None:
 
 def _gaussian(y: Tensor, mean: Tensor, var: Tensor, noise: Tensor) -> Tensor:
     return -0.5 * (((y - mean).square() + var) / noise + noise.log() + _LOG_2PI)
+
+
+def _laplace(y: Tensor, mean: Tensor, var: Tensor, scale: Tensor) -> Tensor:
+    """−log 2s − E|y − f| / s: quadrature would see the kink at f = y as jagged."""
+    gap, sd = y - mean, var.clamp_min(1e-12).sqrt()
+    z = gap / sd
+    absolute = gap * torch.erf(z / 2**0.5) + sd * (2 / torch.pi) ** 0.5 * (-0.5 * z.square()).exp()
+    return -(2.0 * scale).log() - absolute / scale
 
 
 def _diagonal_normal(y: Tensor, mean: Tensor, var: Tensor) -> MultivariateNormal:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualgp.errors import InputError
-from dualgp.kernels import cross_covariance, kernel_diagonal
+from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal
 
 
 @torch.no_grad()
@@ -40,6 +40,7 @@ def greedy_variance(
     n = x.shape[-2]
     if not 1 <= num_inducing <= n:
         raise InputError(f"num_inducing must be between 1 and the {n} inputs given, got {num_inducing}.")
+    kernel = frozen_copy(kernel)  # in float64, as the inputs will be
     residual = _first(kernel_diagonal(kernel, x), 1).clone()
     floor = tol * residual.max()
     factor = residual.new_zeros(num_inducing, n)

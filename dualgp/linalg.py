@@ -118,6 +118,8 @@ class GramSum:
 
     def add(self, phi: Float[Tensor, "*a n m"], weights: Float[Tensor, "*b n"]) -> None:
         """Add a block; `weights` may have batch dimensions that `phi` lacks (outputs that share a kernel)."""
+        if phi.dtype == torch.float32 and _too_precise(phi, weights):
+            phi = phi.double()
         weights = weights.to(phi.dtype)
         shared = phi.ndim == 2 and weights.ndim > 1  # then one n x M block at a time, never [C, n, M]
         sums = self._lower.flatten(0, -3) if shared else self._lower.unsqueeze(0)
@@ -129,6 +131,13 @@ class GramSum:
     def total(self) -> Float[Tensor, "*b m m"]:
         """Return the sum so far, symmetric to the last bit."""
         return self._lower.tril() + self._lower.tril(-1).mT
+
+
+def _too_precise(phi: Tensor, weights: Tensor) -> bool:
+    """Whether float32 rounding of a block's sum could reach the unit eigenvalues of P = I + Φᵀ diag(β) Φ."""
+    norms = phi.detach().square().sum(-1)
+    trace = (norms * weights.to(norms.dtype).abs()).sum(-1).max()
+    return bool(trace * torch.finfo(torch.float32).eps > 0.1)
 
 
 def _panels(size: int) -> list[slice]:

@@ -42,6 +42,7 @@ class Posterior:
     """
 
     def __init__(self, basis: InducingBasis, site: Site | None = None) -> None:
+        is_prior = site is None
         if site is None:
             site = Site.zero(basis.batch_shape, basis.num_inducing, basis.device)
         if site.lam.shape != (*basis.batch_shape, basis.num_inducing):
@@ -51,6 +52,7 @@ class Posterior:
             )
         self.basis = basis
         self.site = site
+        self._is_prior = is_prior
         eye = torch.eye(basis.num_inducing, dtype=torch.float64, device=basis.device)
         self.precision = eye + site.B  # P = I + B
         self.chol = precision_cholesky(self.precision)
@@ -89,6 +91,9 @@ class Posterior:
     def marginals(self, features: Features) -> tuple[Tensor, Tensor]:
         """Return float64 mean and variance, data last, at given features (see `InducingBasis.features`)."""
         phi = features.phi
+        if self._is_prior:  # w̄ = 0 and φᵀP⁻¹φ = φᵀφ: no product to take
+            shape = (*self.basis.batch_shape, phi.shape[-2])
+            return features.prior_mean.expand(shape), features.prior_var.expand(shape)
         mean = features.prior_mean + (phi @ self.mean_w.to(phi.dtype).unsqueeze(-1)).squeeze(-1)
         return mean, features.residual + self.parametric_variance(phi)
 
@@ -176,7 +181,7 @@ class Posterior:
         """
         return Posterior(self.basis, self.site - self.project(x, sites))
 
-    def scale(self, factor: float) -> Posterior:
+    def scale(self, factor: float | int) -> Posterior:
         """Return the posterior with every site scaled, prior · tᶠ: forgetting for factor < 1.
 
         Raises:
@@ -186,7 +191,7 @@ class Posterior:
             raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
         return Posterior(self.basis, factor * self.site)
 
-    def temper(self, temperature: float) -> Posterior:
+    def temper(self, temperature: float | int) -> Posterior:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0 (see `scale`)."""
         if not temperature > 0:
             raise InputError(f"The temperature must be positive, got {temperature}.")

@@ -8,7 +8,7 @@ from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, MixtureSameFamily, Normal
 
-from dualgp.duals import conditional_log_prob, gaussian_noise
+from dualgp.duals import conditional_log_prob, gaussian_noise, num_nodes
 from dualgp.errors import UnsupportedError
 from dualgp.quadrature import expectation, expected_softmax, hermite_points
 
@@ -42,7 +42,7 @@ def predictive_distribution(likelihood: Likelihood, mean: Tensor, var: Tensor, *
     _require_one_dimensional(likelihood)
     if isinstance(likelihood, BernoulliLikelihood):
         return Bernoulli(probs=expectation(lambda f: likelihood.forward(f, **params).probs, mean, var).clamp(0, 1))
-    points, w = hermite_points(mean, var)
+    points, w = hermite_points(mean, var, num_nodes(likelihood))
     components = likelihood.forward(points.movedim(0, -1), **params)
     return MixtureSameFamily(Categorical(probs=w.expand(*mean.shape, -1)), components, validate_args=False)
 
@@ -63,7 +63,7 @@ def log_predictive(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor,
     if type(likelihood) is BernoulliLikelihood:
         return torch.special.log_ndtr((2.0 * y - 1.0) * mean / (1.0 + var).sqrt())
     _require_one_dimensional(likelihood)
-    points, w = hermite_points(mean, var)
+    points, w = hermite_points(mean, var, num_nodes(likelihood))
     log_p = conditional_log_prob(likelihood, y, points, **params)
     return torch.logsumexp(log_p + w.log().reshape(-1, *[1] * mean.ndim), 0)
 

@@ -37,7 +37,7 @@ class Sites:
     Example:
         >>> s = Sites(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
         >>> (s + s - s)[1].lam
-        tensor(2.)
+        tensor([2.])
     """
 
     lam: Tensor
@@ -61,6 +61,7 @@ class Sites:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Sites:
         """Return the sites of some data (indexes the data dimension)."""
+        index = [index] if isinstance(index, int) else index
         at = (..., index, slice(None)) if self.multi_output else (..., index)
         return Sites(self.lam[at], self.beta[at], self.multi_output)
 
@@ -71,7 +72,7 @@ class Sites:
     def __sub__(self, other: Sites) -> Sites:
         return self + (-1.0) * other
 
-    def __mul__(self, factor: float | Tensor) -> Sites:
+    def __mul__(self, factor: float | int | Tensor) -> Sites:
         return Sites(self.lam * factor, self.beta * factor, self.multi_output)
 
     __rmul__ = __mul__
@@ -138,7 +139,7 @@ class Site:
     def __sub__(self, other: Site) -> Site:
         return self + (-1.0) * other
 
-    def __mul__(self, factor: float | Tensor) -> Site:
+    def __mul__(self, factor: float | int | Tensor) -> Site:
         return Site(self.lam * factor, self.B * factor)
 
     __rmul__ = __mul__

@@ -89,16 +89,17 @@ def site_bound(hyper: Hyper, data: Data, sites: Sites | None) -> Bound:
     for b in blocks:
         total.add(b.features, lam[..., b.rows], beta[..., b.rows])
     q = Posterior(basis, total.site())
-    adjoint = _Adjoint(hyper, q)
+    adjoint = _Adjoint(hyper, q, len(data))
     if conjugate:
         adjoint.at_fixed_point()
-        marginals = {b.rows.start: adjoint.backward(b, data) for b in blocks}
-    else:
-        marginals = adjoint.sweep(blocks, data)
         for b in blocks:
-            adjoint.backward(b, data, marginals[b.rows.start], lam[..., b.rows], beta[..., b.rows])
+            adjoint.backward(b, data)
+    else:
+        adjoint.sweep(blocks, data)
+        for b in blocks:
+            adjoint.backward(b, data, lam[..., b.rows], beta[..., b.rows])
     value, gradient = adjoint.finish()
-    a, beta_new, m = (torch.cat(parts, -1) for parts in zip(*marginals.values(), strict=True))
+    a, beta_new, m = adjoint.marginals
     return Bound(value, gradient, q, Sites.from_latent(a + beta_new * m, beta_new, sites.multi_output))
 
 
@@ -136,8 +137,10 @@ class _Blocks:
 class _Adjoint:
     """The M × M quantities of the gradient, and its accumulation over blocks (letters as in the module docstring)."""
 
-    def __init__(self, hyper: Hyper, q: Posterior) -> None:
+    def __init__(self, hyper: Hyper, q: Posterior, n: int) -> None:
         self.hyper, self.q = hyper, q
+        # One allocation for all data: small tensors kept from block to block would pin the heap.
+        self.marginals = Marginals(*(q.site.lam.new_empty(*q.basis.batch_shape, n) for _ in range(3)))
         self.parameters = hyper.trained()
         own = {id(p) for p in hyper.likelihood.parameters()}
         self.of_likelihood = [i for i, p in enumerate(self.parameters) if id(p) in own]
@@ -152,39 +155,30 @@ class _Adjoint:
         w = self.q.mean_w
         self.S = _outer(w, w) + self.U @ self.q.site.B
 
-    def sweep(self, blocks: _Blocks, data: Data) -> dict[int, Marginals]:
+    def sweep(self, blocks: _Blocks, data: Data) -> None:
         """One pass for the marginals: a, b, Â and Σ aφ, and from them G, h and S."""
         q, A, w = self.q, self.q.site.B, self.q.mean_w
         a_phi, b_phi = torch.zeros_like(w), GramSum(w.shape[:-1], w.shape[-1], w.device)  # Σ aφ, Â
-        marginals = {}
         for block in blocks:
             phi = block.features.phi
-            found = self._likelihood(data.rows(block.rows), *q.marginals(block.features))
-            a_phi += _apply(phi.mT, found.a)
-            b_phi.add(phi, found.b)
-            marginals[block.rows.start] = found
+            a, b = self._likelihood(block.rows, data, *q.marginals(block.features))
+            a_phi += _apply(phi.mT, a)
+            b_phi.add(phi, b)
         A_hat = b_phi.total()
         self.h = h = _apply(self.P_inv, a_phi - w)  # P⁻¹g
         self.G = 0.5 * self.P_inv @ (A_hat - A) @ self.P_inv - symmetrise(_outer(h, w))
         self.S = _outer(w, a_phi) + _outer(h, q.site.lam) + self.U @ A_hat + 2.0 * self.G @ A
-        return marginals
 
-    def backward(
-        self,
-        block: Block,
-        data: Data,
-        marginals: Marginals | None = None,
-        lam: Tensor | None = None,
-        beta: Tensor | None = None,
-    ) -> Marginals:
+    def backward(self, block: Block, data: Data, lam: Tensor | None = None, beta: Tensor | None = None) -> None:
         """Add the gradient of one block through its kernel rows, its kernel diagonal and its prior mean."""
         phi, mu = block.features.phi, block.features.prior_mean
         w = self.q.mean_w
         phi_U = phi @ self.U.to(phi.dtype)
-        if marginals is None:  # v = k − φᵀUφ comes with the product that the gradient needs
+        if self.h is None:  # v = k − φᵀUφ comes with the product that the gradient needs
             v = block.diag.detach() - (phi * phi_U).sum(-1).double()
-            marginals = self._likelihood(data.rows(block.rows), mu + _apply(phi, w), v.clamp_min(0.0))
-        a, b, _ = marginals
+            a, b = self._likelihood(block.rows, data, mu + _apply(phi, w), v.clamp_min(0.0))
+        else:
+            a, b = (t[..., block.rows] for t in self.marginals[:2])
         d_phi = _outer(a, w, phi.dtype) + b.unsqueeze(-1).to(phi.dtype) * phi_U
         d_mu = a
         if self.h is not None and lam is not None and beta is not None:
@@ -193,7 +187,6 @@ class _Adjoint:
             d_mu = a - beta * _apply(phi, self.h)
         d_cross = mul_lower(d_phi.sum_to_size(phi.shape), self.q.basis.L_inv)  # φ = k L⁻ᵀ by rows
         self._pull([(block.cross, d_cross), (block.diag, -0.5 * b), (block.mean, d_mu)])
-        return marginals
 
     def finish(self) -> tuple[float, list[Tensor]]:
         """Add what comes through K_zz, the KL and the priors; return the value and the gradient."""
@@ -209,8 +202,9 @@ class _Adjoint:
         self._pull([(Kzz, d_Kzz), (log_prior, torch.ones_like(log_prior))])
         return float(self.value - self.q.kl().sum() + log_prior.detach()), self.gradient
 
-    def _likelihood(self, data: Data, m: Tensor, v: Tensor) -> Marginals:
-        """Value, a and b of Σ E[log p], and its gradient in the likelihood's own parameters."""
+    def _likelihood(self, rows: slice, data: Data, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Value, a and b of Σ E[log p] on some rows, and its gradient in the likelihood's own parameters."""
+        data = data.rows(rows)
         multi = self.q.basis.num_outputs is not None
         m, v = m.detach(), v.detach()
         own = [self.parameters[i] for i in self.of_likelihood]
@@ -223,7 +217,10 @@ class _Adjoint:
         for i, d in zip(self.of_likelihood, d_own, strict=True):
             if d is not None:
                 self.gradient[i] += d
-        return Marginals(a, -2.0 * d_v, m.detach())
+        found = a, -2.0 * d_v, m.detach()
+        for store, values in zip(self.marginals, found, strict=True):
+            store[..., rows] = values
+        return found[:2]
 
     def _pull(self, pairs: list[tuple[Tensor | None, Tensor]]) -> None:
         """Add Σ ⟨adjoint, ∂tensor/∂θ⟩ to the gradient."""

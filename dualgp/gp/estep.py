@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -22,10 +23,13 @@ _MIN_LR = 2.0**-20
 
 
 class EStep(NamedTuple):
-    """q, the per-datum sites that make it, its ELBO (summed over the batch), passes taken, whether it converged."""
+    """q with its ELBO (summed over the batch), passes taken, and whether it converged.
+
+    `sites` are the per-datum sites that q is made of; None if the source does not keep its data in one order.
+    """
 
     posterior: Posterior
-    sites: Sites
+    sites: Sites | None
     elbo: float
     passes: int
     converged: bool
@@ -42,6 +46,7 @@ class Source:
     def __init__(self, basis: InducingBasis, batches: Iterable[Data] | Data) -> None:
         self.basis = basis
         self.batches = [batches] if isinstance(batches, Data) else batches
+        self.size = len(batches) if isinstance(batches, Data) else None  # of data that keep one order
         self._cache: list[tuple[Data, Features]] | None = None
         if isinstance(batches, Data):
             size = len(batches) * basis.num_inducing * torch.finfo(basis.dtype).bits // 8
@@ -66,7 +71,7 @@ class Source:
 def e_step(
     source: Source,
     likelihood: Likelihood,
-    start: Posterior | None = None,
+    start: tuple[Posterior, Sites | None] | None = None,
     *,
     tol: float = 1e-8,
     max_passes: int = 200,
@@ -84,76 +89,89 @@ def e_step(
     Args:
         source: data and basis.
         likelihood: any supported likelihood.
-        start: where to start; the prior if None.
+        start: where to start: a posterior on the source's basis and the sites it is made of; the prior if None.
         tol: stop when a pass gains less than `tol` nats per datum.
         max_passes: limit on passes over the data.
 
     Source: Adam et al. 2021, eq. 18; Khan & Lin 2017.
     """
-    q = start or Posterior(source.basis)
+    if source.basis.dtype == torch.float32:  # gains below the rounding of float32 are noise
+        tol = max(tol, 1e-6)
+    q, made_of = start or (Posterior(source.basis), None)
     best: _Visit | None = None
     lr = longest = 2.0 / 3.0 if isinstance(likelihood, SoftmaxLikelihood) else 1.0
     for step in range(1, max_passes + 1):
-        visit = _visit(q, likelihood, source)
+        visit = _visit(q, made_of, likelihood, source)
         if visit.exact:
             q = Posterior(source.basis, visit.target)
-            return EStep(q, visit.sites, _collapsed(q, visit), step, True)
+            return EStep(q, visit.wanted, _collapsed(q, visit), step, True)
         gain = float("inf") if best is None else visit.elbo - best.elbo
         if best is None or gain >= -1e-9 * abs(best.elbo):
             best, lr = visit, min(longest, 2.0 * lr)
         else:
             lr *= 0.5
         if gain < tol * visit.num_data and (gain >= 0 or lr < _MIN_LR):
-            return EStep(*_settle(best), best.elbo, step, True)
-        q, lr = _advance(best, lr)
+            last = _advance(best, longest)[:2] if lr == longest else (best.posterior, best.made_of)
+            return EStep(*last, best.elbo, step, True)
+        q, made_of, lr = _advance(best, lr)
     assert best is not None
-    return EStep(*_settle(best), best.elbo, max_passes, False)
+    return EStep(best.posterior, best.made_of, best.elbo, max_passes, False)
 
 
 class _Visit(NamedTuple):
-    """One pass at q: its ELBO, and the sites and site it asks for."""
+    """One pass at q: the sites it is made of, its ELBO, and the sites, one by one and summed, that it asks for."""
 
     posterior: Posterior
+    made_of: Sites | None
     elbo: float
-    sites: Sites
+    wanted: Sites | None
     target: Site
     num_data: int
     exact: bool
     constants: Tensor  # of a Gaussian likelihood: Σβ(y−μ)², Σβ·k(x,x), Σ log 2πσ²
 
 
-def _visit(q: Posterior, likelihood: Likelihood, source: Source) -> _Visit:
+def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: Source) -> _Visit:
     basis = source.basis
     total = SiteSum(basis)
     constants = torch.zeros(3, dtype=torch.float64, device=basis.device)
-    elbo, count, exact, parts = -q.kl().sum(), 0, False, []
+    # One allocation for all data: small tensors kept from block to block would pin the heap.
+    kept = (
+        [q.site.lam.new_empty(*basis.batch_shape, source.size) for _ in range(2)] if source.size is not None else None
+    )
+    elbo, count, at, exact = -q.kl().sum(), 0, 0, False
     for data, features in source:
         noise = gaussian_noise(likelihood, **data.params)
         if noise is not None:
             exact = True
-            sites, terms = _conjugate(data, noise, features)
+            lam, beta, terms = _conjugate(data, noise, features)
             constants += terms
         else:
             m, v = (q.by_output(t) for t in q.marginals(features))
             duals = dual_parameters(likelihood, data.y, m, v, **data.params)
-            sites = Sites(duals.alpha + duals.beta * m, duals.beta, basis.num_outputs is not None)
+            lam, beta = Sites(duals.alpha + duals.beta * m, duals.beta, basis.num_outputs is not None).by_latent()
             elbo = elbo + duals.expected_log_prob.sum()
-        total.add(features, *sites.by_latent())
+        total.add(features, lam, beta)
+        if kept is not None:
+            for store, values in zip(kept, (lam, beta), strict=True):
+                store[..., at : at + len(data)] = values
+        at += len(data)
         count += data.x.shape[:-1].numel()
-        parts.append(sites)
-    target = total.site()
-    empty = Sites.from_latent(*(target.lam[..., :0],) * 2, basis.num_outputs is not None)
-    return _Visit(q, float(elbo), Sites.cat(parts) if parts else empty, target, max(count, 1), exact, constants)
+    wanted = None if kept is None else Sites.from_latent(kept[0], kept[1], basis.num_outputs is not None)
+    if made_of is None and wanted is not None:
+        made_of = wanted * 0.0
+    value = float(elbo) if math.isfinite(float(elbo)) else -math.inf
+    return _Visit(q, made_of, value, wanted, total.site(), max(count, 1), exact, constants)
 
 
-def _conjugate(data: Data, noise: Tensor, features: Features) -> tuple[Sites, Tensor]:
+def _conjugate(data: Data, noise: Tensor, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """λ = y/σ² and β = 1/σ², data last, with the sums that the collapsed bound needs."""
     y = data.y.double()
-    beta = (1.0 / noise.double()).expand(y.shape)
-    sites = Sites(y * beta, beta, data.targets_multi)
+    sites = Sites(y / noise.double(), (1.0 / noise.double()).expand(y.shape), data.targets_multi)
     lam, beta = sites.by_latent()
     squares = (beta * (lam / beta - features.prior_mean).square()).sum()
     log_noise = (torch.log(2 * torch.pi / beta)).sum()
-    return sites, torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
+    return lam, beta, torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
 
 
 def _collapsed(q: Posterior, visit: _Visit) -> float:
@@ -166,18 +184,20 @@ def _collapsed(q: Posterior, visit: _Visit) -> float:
     return float(-0.5 * (fit + spread + log_noise) - q.kl().sum())
 
 
-def _advance(best: _Visit, lr: float) -> tuple[Posterior, float]:
-    """Step from the best visit towards the sites it asks for, halving the step until it leaves a Gaussian."""
+def _advance(best: _Visit, lr: float) -> tuple[Posterior, Sites | None, float]:
+    """Step from the best visit towards the sites it asks for, halving the step until it leaves a Gaussian.
+
+    Raises:
+        NotPositiveDefiniteError: if no step does.
+    """
     while True:
         try:
-            mixed = best.posterior.site * (1.0 - lr) + best.target * lr
-            return Posterior(best.posterior.basis, mixed), lr
+            q = Posterior(best.posterior.basis, best.posterior.site * (1.0 - lr) + best.target * lr)
         except NotPositiveDefiniteError:
             lr *= 0.5
             if lr < _MIN_LR:
                 raise
-
-
-def _settle(best: _Visit) -> tuple[Posterior, Sites]:
-    """At convergence take the sites asked for whole, so that prior plus sites is the posterior to rounding."""
-    return Posterior(best.posterior.basis, best.target), best.sites
+            continue
+        if best.made_of is None or best.wanted is None:
+            return q, None, lr
+        return q, best.made_of * (1.0 - lr) + best.wanted * lr, lr

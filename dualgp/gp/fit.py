@@ -1,7 +1,7 @@
 """The schedule of E- and M-steps: what `DualGP.fit` does, with nothing to tune.
 
-1. A random subset of max(10 M, 1000) data, when there are at least four times as many: sites, hyperparameters and Z are
-   brought near, at a small fraction of the cost of a pass over everything.
+1. A random subset of max(10 M, 1000) data, when there are at least eight times as many: sites, hyperparameters and Z
+   are brought near, at a small fraction of the cost of a pass over everything.
 2. All data. Gaussian likelihoods: L-BFGS on the collapsed bound. Others: rounds of an E-step to convergence and an
    M-step on form S, whose optimum lies close to that of the E-step re-run at every θ, so a few rounds suffice.
 3. A last E-step to the end.
@@ -88,13 +88,13 @@ def fit_in_memory(
     """
     subset = data
     size = subset_size(num_inducing)
-    if len(data) >= 4 * size:
+    if len(data) >= 8 * size:
         subset = data.rows(random_rows(len(data), size, generator, data.x.device))
     hyper = make(subset)
     if subset is not data and hyper.trained():
         alternate(hyper, subset, stop.looser(), progress)
-    rounds, converged = alternate(hyper, data, stop, progress)
-    return _finish(hyper, data, len(data), rounds, converged, progress)
+    rounds, converged, start = alternate(hyper, data, stop, progress)
+    return _finish(hyper, data, len(data), rounds, converged, start, stop, progress)
 
 
 def fit_batches(
@@ -113,16 +113,30 @@ def fit_batches(
     hyper = make(subset)
     rounds, converged = 0, True
     if hyper.trained():
-        alternate(hyper, subset, stop.looser(), progress)
-        start = e_step(Source(hyper.basis(), subset), hyper.likelihood, tol=stop.tol).posterior
-        rounds, converged = learn_by_batches(hyper, batches, start, len(subset), n, stop, progress)
-    return _finish(hyper, batches.whole(), n, rounds, converged, progress)
+        *_, start = alternate(hyper, subset, stop.looser(), progress)
+        rounds, converged = learn_by_batches(hyper, batches, start[0], len(subset), n, stop, progress)
+    return _finish(hyper, batches.whole(), n, rounds, converged, None, stop, progress)
 
 
-def _finish(hyper: Hyper, data: Data | Batches, n: int, rounds: int, converged: bool, progress: Progress) -> Outcome:
+def _finish(
+    hyper: Hyper,
+    data: Data | Batches,
+    n: int,
+    rounds: int,
+    converged: bool,
+    start: tuple[Posterior, Sites | None] | None,
+    stop: Stop,
+    progress: Progress,
+) -> Outcome:
     """Round the hyperparameters to how they are stored, find the sites there, and report."""
     hyper.round()
-    final = e_step(Source(hyper.basis(), data), hyper.likelihood)
+    with torch.no_grad():
+        basis = hyper.basis()
+        if start is not None and start[1] is not None and isinstance(data, Data):
+            start = Posterior(basis).add(data.x, start[1]), start[1]
+        else:
+            start = None
+    final = e_step(Source(basis, data), hyper.likelihood, start, tol=1e-4 * stop.tol)
     if not (converged and final.converged):
         warnings.warn(
             f"The fit stopped at its limit of rounds ({rounds}) before a round gained less than tol; raise "
@@ -168,28 +182,29 @@ def initial_inducing_points(kernel: Kernel, given: Tensor | None, num_inducing: 
     return Z.reshape(*x.shape[:-2], m, x.shape[-1])
 
 
-def alternate(hyper: Hyper, data: Data, stop: Stop, progress: Progress) -> tuple[int, bool]:
-    """Alternate E- and M-steps; return the rounds taken and whether the rule was met."""
+def alternate(
+    hyper: Hyper, data: Data, stop: Stop, progress: Progress
+) -> tuple[int, bool, tuple[Posterior, Sites | None]]:
+    """Alternate E- and M-steps; return the rounds taken, whether the rule was met, and the last q with its sites."""
     n = max(1, data.x.shape[:-1].numel())
     conjugate = conjugate_sites(hyper, data) is not None
     iterations = M_ITERATIONS if conjugate else M_ITERATIONS_BETWEEN
-    q: Posterior | None = None
+    start: tuple[Posterior, Sites | None] = Posterior(hyper.basis()), None
     last = -float("inf")
     for done in range(1, stop.max_rounds + 1):
         sites = None
         if not conjugate:
-            basis = hyper.basis() if q is None else q.basis
-            found = e_step(Source(basis, data), hyper.likelihood, q, tol=0.1 * stop.tol)
+            found = e_step(Source(start[0].basis, data), hyper.likelihood, start, tol=0.1 * stop.tol)
             sites = found.sites
         step = m_step(
             hyper, data, sites, max_iter=iterations, tol=0.1 * stop.tol, callback=lambda v: progress.bound(v, n)
         )
-        q = step.bound.posterior
+        start = step.bound.posterior, sites
         progress.round(f"fit {n}")
         if step.bound.value - last < stop.tol * n or not hyper.trained():
-            return done, True
+            return done, True, start
         last = step.bound.value
-    return stop.max_rounds, False
+    return stop.max_rounds, False, start
 
 
 def subset_size(num_inducing: int) -> int:

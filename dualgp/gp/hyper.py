@@ -52,7 +52,7 @@ class Hyper(gpytorch.Module):
         self.double().to(device)
         if not learn_hyperparameters:
             self.requires_grad_(False)
-        self.Z = nn.Parameter(inducing_points.detach().double(), requires_grad=learn_inducing)
+        self.Z = nn.Parameter(inducing_points.detach().double().clone(), requires_grad=learn_inducing)
         spread = inducing_points.reshape(-1, inducing_points.shape[-1]).std(0, correction=0)
         # One of M inducing inputs bends the bound about 1/M as much as a lengthscale does.
         unit = 0.4 * inducing_points.shape[-2] ** 0.5

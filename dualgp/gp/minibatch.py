@@ -139,11 +139,17 @@ def learn_by_batches(
     for done in range(1, stop.max_rounds + 1):
         values, weight, steps = 0.0, 0, 0
         while steps < ROUND_STEPS:  # an epoch, or as many as make a mean worth comparing
+            before = steps
             for batch in batches:
                 b = len(batch)
                 total += b
                 value, anchor = _step(hyper, optimizer, batch, anchor, max(b / total, b / n), n / b)
                 values, weight, steps = values + b * value, weight + b, steps + 1
+            if steps == before:
+                raise InputError(
+                    "The loader gave no data when read again; give one that can be iterated many times, such as a "
+                    "torch DataLoader, not a generator."
+                )
         mean = values / weight
         progress.bound(mean, n)
         progress.round(f"batches of {n}")

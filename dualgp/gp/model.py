@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -93,6 +92,8 @@ class DualGP(nn.Module):
         fixed = num_outputs_of(likelihood)
         if fixed is not None and num_outputs not in (None, fixed):
             raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but num_outputs={num_outputs}.")
+        if num_outputs is not None and num_outputs < 1:
+            raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
         if not jitter >= 0:
             raise InputError(f"jitter must be ≥ 0, got {jitter}.")
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
@@ -115,7 +116,7 @@ class DualGP(nn.Module):
 
     def fit(
         self,
-        X: Tensor | Iterable[tuple[Tensor, ...]],
+        X: Any,
         y: Tensor | None = None,
         *,
         batch_size: int | None = None,
@@ -147,14 +148,13 @@ class DualGP(nn.Module):
             InputError: for data of the wrong shape, dtype, device or value, or too few for M.
             NotPositiveDefiniteError: if the kernel matrix of Z cannot be factorised.
         """
-        if isinstance(X, Tensor):
+        data = None
+        if isinstance(X, Tensor) or hasattr(X, "__array__"):
             if y is None:
                 raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
             data = check_training_data(self.likelihood, X, y, self.num_outputs)
-        else:
-            if y is not None:
-                raise InputError("With a loader the targets come from it: call fit(loader).")
-            data = None
+        elif y is not None:
+            raise InputError("With a loader the targets come from it: call fit(loader).")
         if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
             raise InputError(
                 f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
@@ -177,6 +177,9 @@ class DualGP(nn.Module):
     def posterior(self) -> Posterior:
         """The posterior: an immutable value, in the coordinates of the inducing basis.
 
+        When hyperparameters of kernel or mean have been set by hand since, the data's site on u = f(Z) is read under
+        the new prior (form U); the sites per datum are then dropped, since they no longer sum to it.
+
         Raises:
             NotFittedError: before `fit`.
         """
@@ -184,6 +187,10 @@ class DualGP(nn.Module):
             if self.site_lam is None or self.site_B is None:
                 raise NotFittedError("This DualGP has no posterior yet: call fit(X, y) or load a fitted one.")
             self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
+        elif not self._posterior.basis.is_of(self.kernel, self.mean):
+            self._posterior = self._posterior.rebase(self._basis())
+            self.site_lam, self.site_B = self._posterior.site.lam, self._posterior.site.B
+            self.lam = self.beta = None
         return self._posterior
 
     @property
@@ -193,8 +200,13 @@ class DualGP(nn.Module):
         Raises:
             NotFittedError: before `fit`, or after a fit on a loader, which keeps no data: use `sites_at`.
         """
+        if self.site_lam is not None:
+            _ = self.posterior
         if self.lam is None or self.beta is None:
-            raise NotFittedError("No per-datum sites are kept: fit(X, y) on tensors, or ask sites_at(X, y).")
+            raise NotFittedError(
+                "No sites per datum are kept: the model is not fitted, was fitted on a loader, or its hyperparameters "
+                "were set by hand since. Call fit(X, y) on tensors, or ask sites_at(X, y)."
+            )
         return Sites(self.lam, self.beta, self.num_outputs is not None)
 
     def forward(self, x: Tensor) -> MultivariateNormal:
@@ -325,6 +337,8 @@ class DualGP(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualGP:
         """`.to()`, `.double()` and their kin. Sites stay float64; the posterior is rebuilt when next asked for."""
+        if self.site_lam is not None:
+            _ = self.posterior  # brings the site up to hyperparameters set by hand
         exact = {name: getattr(self, name) for name in _SITE_BUFFERS}
         self._posterior = None
         super()._apply(fn, recurse)

@@ -14,7 +14,7 @@ from dualgp.gp.data import Data
 from dualgp.gp.hyper import Hyper
 from dualgp.sites import Sites
 
-TRUST_RADIUS = 1.5  # of the logarithm of a positive hyperparameter, in one M-step
+TRUST_RADIUS = 2.5  # of the logarithm of a positive hyperparameter, in one M-step
 
 
 class MStep(NamedTuple):

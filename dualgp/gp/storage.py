@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dualgp.errors import InputError, NotFittedError
+from dualgp.kernels import describe
 
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
@@ -29,11 +30,12 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
     """Write the model's state to `path`: to a file beside it first, then renamed over it."""
     if model.site_lam is None:
         raise NotFittedError("There is nothing to save: call fit(X, y) first.")
+    _ = model.posterior  # brings the site up to hyperparameters set by hand
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     config = {
-        "kernel": type(model.kernel).__name__,
-        "likelihood": type(model.likelihood).__name__,
-        "mean": None if model.mean is None else type(model.mean).__name__,
+        "kernel": describe(model.kernel),
+        "likelihood": describe(model.likelihood),
+        "mean": describe(model.mean),
         "num_outputs": model.num_outputs,
         "jitter": model.jitter,
     }
@@ -53,11 +55,7 @@ def load(
 ) -> DualGP:
     """Read a model written by `save` into the modules given."""
     config, tensors = _read(path)
-    given = {
-        "kernel": type(kernel).__name__,
-        "likelihood": type(likelihood).__name__,
-        "mean": None if mean is None else type(mean).__name__,
-    }
+    given = {"kernel": describe(kernel), "likelihood": describe(likelihood), "mean": describe(mean)}
     for part, name in given.items():
         if config[part] != name:
             raise InputError(
@@ -95,4 +93,11 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
         raise InputError(
             f"{path} has format version {metadata.get('version')}, this dualgp reads {FORMAT_VERSION}; update dualgp."
         )
-    return json.loads(metadata["config"]), tensors
+    try:
+        config = json.loads(metadata["config"])
+        missing = {"kernel", "likelihood", "mean", "num_outputs", "jitter"} - config.keys()
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} has a damaged header: {error}.") from error
+    if missing:
+        raise InputError(f"{path} has a damaged header: it lacks {sorted(missing)}.")
+    return config, tensors

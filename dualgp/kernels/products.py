@@ -7,6 +7,8 @@ import copy
 import gpytorch
 import torch
 from gpytorch.kernels import Kernel
+from gpytorch.likelihoods.likelihood import _Likelihood
+from gpytorch.means import Mean
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,3 +81,18 @@ def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module
+
+
+def describe(module: torch.nn.Module | None) -> str | None:
+    """Name a module with its parts and those settings that its state does not hold, to tell look-alikes apart."""
+    if module is None:
+        return None
+    settings = ("nu", "power", "num_mixtures", "num_samples", "active_dims")
+    parts = []
+    for name, part in module.named_modules():
+        if isinstance(part, Kernel | _Likelihood | Mean):
+            held = [
+                f"{k}={getattr(part, k)}" for k in settings if isinstance(getattr(part, k, None), int | float | str)
+            ]
+            parts.append(f"{name}:{type(part).__name__}({', '.join(held)})".removeprefix(":"))
+    return " ".join(parts)

@@ -27,9 +27,8 @@ def as_stationary(kernel: Kernel) -> Stationary | None:
     """Return the stationary form of `kernel`, or None where the generic path must serve."""
     outputscale, active = None, kernel.active_dims
     if type(kernel) is ScaleKernel:
+        # GPyTorch's ScaleKernel takes over the active_dims of its base, and applies them once.
         outputscale, kernel = kernel.outputscale, kernel.base_kernel
-        if kernel.active_dims is not None:
-            active = kernel.active_dims if active is None else active[kernel.active_dims]
     if type(kernel) is RBFKernel:
         nu = math.inf
     elif type(kernel) is MaternKernel:
