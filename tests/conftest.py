@@ -21,6 +21,10 @@ mpl.use("Agg")
 # The hook acts on modules that are imported after it.
 install_import_hook("dualgp", "beartype.beartype")
 
+# Thousands of small products: on shared cores a pool of threads makes them ten times slower, not faster.
+# `pytest -n 2` uses a second core.
+torch.set_num_threads(1)
+
 # A first call may compile or warm up, so a deadline per example says nothing. Under CI the
 # examples are the same in every run.
 settings.register_profile("dualgp", deadline=None, derandomize=bool(os.environ.get("CI")))

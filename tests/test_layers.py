@@ -56,9 +56,7 @@ def violations(root: Path) -> list[str]:
         if unit == TOP:
             continue
         if unit not in FLOOR_OF:
-            found.append(
-                f"{where}: {unit!r} stands on no floor; add it to FLOORS in tests/test_layers.py"
-            )
+            found.append(f"{where}: {unit!r} stands on no floor; add it to FLOORS in tests/test_layers.py")
             continue
         for line, name in imported_modules(path, root):
             target = name.split(".")[1] if "." in name else TOP

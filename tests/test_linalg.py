@@ -1,0 +1,117 @@
+"""The products of the hot path against dense ones, and a Cholesky that reports its jitter."""
+
+import pytest
+import torch
+from toys import F64, gap
+
+from dualgp import errors
+from dualgp.linalg import (
+    GramSum,
+    logdet,
+    mul_lower,
+    precision_cholesky,
+    psd_cholesky,
+    row_chunks,
+    symmetrise,
+    tri_inverse,
+)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 3, 119, 240, 500])  # one panel up to four
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_mul_lower_is_the_dense_product(size, transpose, batch):
+    rows, lower = draw(5, size), draw(*batch, size, size, seed=1).tril()
+    dense = rows @ (lower.mT if transpose else lower)
+    assert gap(mul_lower(rows, lower, transpose=transpose), dense) < 1e-11 * size
+    batched = rows.expand(*batch, 5, size).clone()
+    assert gap(mul_lower(batched, lower, transpose=transpose), dense) < 1e-11 * size
+    assert mul_lower(rows.float(), lower).dtype == torch.float32
+
+
+def test_mul_lower_does_not_look_above_the_diagonal_blocks():
+    lower = draw(500, 500).tril()
+    rows = draw(4, 500, seed=1)
+    spoiled = lower.clone()
+    spoiled[:100, 300:] = float("nan")
+    assert torch.equal(mul_lower(rows, lower), mul_lower(rows, spoiled))
+
+
+@pytest.mark.parametrize("size", [1, 4, 130, 500])
+@pytest.mark.parametrize(
+    ("phi_batch", "weight_batch"), [((), ()), ((), (3,)), ((3,), (3,)), ((2, 3), (2, 3)), ((), (2, 3))]
+)
+def test_gram_sum_is_the_dense_weighted_product_with_weights_of_any_sign(size, phi_batch, weight_batch):
+    phi, weights = draw(*phi_batch, 23, size), draw(*weight_batch, 23, seed=1)
+    total = GramSum(torch.Size(weight_batch), size, torch.device("cpu"))
+    for rows in (slice(0, 9), slice(9, 10), slice(10, 23)):
+        total.add(phi[..., rows, :], weights[..., rows])
+    dense = phi.mT @ (weights.unsqueeze(-1) * phi)
+    assert (weights < 0).any()
+    assert gap(total.total(), dense) < 1e-12 * size
+    assert torch.equal(total.total(), total.total().mT)
+
+
+def test_gram_sum_of_float32_rows_adds_in_float64():
+    phi, weights = draw(64, 6, dtype=torch.float32), torch.ones(64, dtype=torch.float32)
+    total = GramSum(torch.Size(), 6, torch.device("cpu"))
+    blocks = 400
+    for _ in range(blocks):
+        total.add(phi, weights)
+    one = GramSum(torch.Size(), 6, torch.device("cpu"))
+    one.add(phi, weights)
+    assert total.total().dtype == F64
+    assert gap(total.total(), blocks * one.total()) < 1e-9
+
+
+def test_the_cholesky_takes_the_jitter_it_is_given_and_no_more():
+    root = draw(6, 6)
+    matrix = root @ root.mT
+    factor = psd_cholesky(matrix, 1e-3)
+    expected = matrix + 1e-3 * matrix.diagonal().mean() * torch.eye(6, dtype=F64)
+    assert factor.jitter == 1e-3
+    assert gap(factor.lower @ factor.lower.mT, expected) < 1e-12
+    assert gap(psd_cholesky(5e4 * matrix, 1e-3).lower, 5e4**0.5 * factor.lower) < 1e-9  # relative: units do not matter
+    assert gap(logdet(factor.lower), torch.logdet(expected)) < 1e-11
+    assert gap(tri_inverse(factor.lower) @ factor.lower, torch.eye(6)) < 1e-11
+
+
+def test_the_cholesky_raises_its_jitter_by_tens_and_says_so():
+    matrix = torch.eye(4, dtype=F64)
+    matrix[0, 0] = -3e-5
+    with pytest.warns(errors.NumericalWarning, match="1e-04, not 1e-06"):
+        factor = psd_cholesky(matrix, 1e-6)
+    assert factor.jitter == pytest.approx(1e-4)
+    expected = matrix + 1e-4 * matrix.diagonal().mean() * torch.eye(4, dtype=F64)
+    assert gap(factor.lower @ factor.lower.mT, expected) < 1e-15
+
+
+def test_what_is_no_kernel_matrix_is_refused():
+    with pytest.raises(errors.NotPositiveDefiniteError, match="not positive definite"):
+        psd_cholesky(-torch.eye(3, dtype=F64), 1e-6)
+    with pytest.raises(errors.NotPositiveDefiniteError, match="finite"):
+        psd_cholesky(torch.full((3, 3), float("nan"), dtype=F64), 1e-6)
+    indefinite = torch.diag(torch.tensor([1.0, 2.0, -0.25], dtype=F64))
+    with pytest.raises(errors.NotPositiveDefiniteError, match=r"-2\.500e-01"):
+        precision_cholesky(indefinite)
+    with pytest.raises(errors.NotPositiveDefiniteError, match="nan"):
+        precision_cholesky(torch.full((2, 2), float("nan"), dtype=F64))
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 100_000])
+@pytest.mark.parametrize("width", [1, 500, 10**9])
+def test_chunks_cover_every_row_once(n, width):
+    chunks = list(row_chunks(n, width, F64, torch.device("cpu")))
+    assert [i for c in chunks[:3] for i in range(c.start, min(c.stop, c.start + 2))][:1] == ([0] if n else [])
+    assert sum(c.stop - c.start for c in chunks) == n
+    assert all(a.stop == b.start for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_symmetrise_is_the_symmetric_part():
+    matrix = draw(2, 4, 4)
+    assert torch.equal(symmetrise(matrix), symmetrise(matrix).mT)
+    assert gap(symmetrise(matrix) * 2 - matrix, matrix.mT) < 1e-15

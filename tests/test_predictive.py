@@ -1,0 +1,122 @@
+"""Predictive distributions against brute-force integrals: mean, variance and log density."""
+
+import pytest
+import reference as ref
+import torch
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    FixedNoiseGaussianLikelihood,
+    LaplaceLikelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
+from test_duals import HEAVY, MEANS, SMOOTH, VARS, Own
+from toys import F64, at, gap
+
+from dualgp import errors, likelihoods, log_predictive, predictive_distribution
+
+
+def moments(make) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of y by integrating the conditional's."""
+    likelihood = make()
+    with torch.no_grad():
+        mean = ref.brute(lambda f: likelihood.forward(f).mean, MEANS, VARS)
+        second = ref.brute(lambda f: likelihood.forward(f).variance + likelihood.forward(f).mean.square(), MEANS, VARS)
+    return mean, second - mean.square()
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_mean_and_variance_are_those_of_the_integral(name):
+    make = SMOOTH[name][0]
+    with torch.no_grad():
+        found = predictive_distribution(make(), MEANS, VARS)
+    mean, var = moments(make)
+    assert gap(found.mean, mean) < 1e-5
+    assert gap(found.variance, var) < 1e-4 * (1 + var.max().item())
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_log_density_is_the_log_of_the_integral(name):
+    make, y, log_prob, _ = SMOOTH[name]
+    exact = ref.brute(lambda f: log_prob(y, f).exp(), MEANS, VARS).log()
+    with torch.no_grad():
+        tolerance = 5e-3 if name == "log poisson" else 2e-4  # y = 7 is a narrow factor for 20 nodes
+        assert gap(log_predictive(make(), y, MEANS, VARS), exact) < tolerance
+        assert gap(predictive_distribution(make(), MEANS, VARS).log_prob(y), exact) < tolerance
+
+
+def test_the_kink_of_laplace_is_integrated_roughly():
+    likelihood = LaplaceLikelihood().double()
+    likelihood.noise = at(0.5)
+    with torch.no_grad():
+        exact = ref.brute(lambda f: likelihood(f).log_prob(HEAVY).exp(), MEANS, VARS).log()
+        assert gap(log_predictive(likelihood, HEAVY, MEANS, VARS), exact) < 0.1
+        found = predictive_distribution(likelihood, MEANS, VARS)
+        assert gap(found.mean, MEANS) < 1e-12
+        assert gap(found.variance, VARS + likelihood(MEANS).variance) < 1e-9
+
+
+def test_fixed_noise_takes_the_noise_of_each_test_datum():
+    likelihood = FixedNoiseGaussianLikelihood(torch.ones(3), learn_additional_noise=True).double()
+    likelihood.second_noise = at(0.25)
+    found = predictive_distribution(likelihood, MEANS, VARS, noise=VARS)
+    assert gap(found.variance.detach(), 2 * VARS + 0.25) < 1e-12
+    exact = torch.distributions.Normal(MEANS, (2 * VARS + 0.25).sqrt()).log_prob(HEAVY)
+    assert gap(log_predictive(likelihood, HEAVY, MEANS, VARS, noise=VARS).detach(), exact) < 1e-10
+    with pytest.raises(errors.InputError, match="pass noise="):
+        predictive_distribution(likelihood, MEANS, VARS)
+
+
+def test_outputs_of_a_multitask_gaussian():
+    likelihood = MultitaskGaussianLikelihood(num_tasks=2).double()
+    likelihood.noise, likelihood.task_noises = at(0.1), at(0.2, 0.5)
+    m, v = torch.stack([MEANS, -MEANS], -1), torch.stack([VARS, 2 * VARS], -1)
+    found = predictive_distribution(likelihood, m, v)
+    assert gap(found.variance.detach(), v + at(0.3, 0.6)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("mean", "var"),
+    [(at(0.3, -1.0), at(0.5, 2.0)), (at(0.3, -1.0, 0.8), at(0.5, 2.0, 4.0)), (at(9, -9, 0), at(1, 1, 1))],
+)
+def test_class_probabilities_are_those_of_a_dense_integral(mean, var):
+    likelihood = SoftmaxLikelihood(num_classes=len(mean), mixing_weights=False)
+    probs = ref.brute_joint(lambda f: f.softmax(-1), mean, var, 401 if len(mean) == 2 else 91)
+    found = predictive_distribution(likelihood, mean.unsqueeze(0), var.unsqueeze(0))
+    assert gap(found.probs[0], probs) < 1e-6
+    assert gap(found.probs.sum(), 1.0) < 1e-12
+    for y in range(len(mean)):
+        log_p = log_predictive(likelihood, torch.tensor([y]), mean.unsqueeze(0), var.unsqueeze(0))
+        assert log_p.item() == pytest.approx(probs[y].log().item(), rel=1e-3, abs=1e-6)
+
+
+def test_binary_probabilities_are_accurate_in_the_tails():
+    mean, var = at(-60.0, 60.0), at(0.5, 0.5)
+    z = -60 / 1.5**0.5
+    expected = torch.special.log_ndtr(at(z, z))
+    assert gap(log_predictive(BernoulliLikelihood(), at(1.0, 0.0), mean, var), expected) < 1e-9 * 1200
+    logit = log_predictive(likelihoods.LogitBernoulliLikelihood(), at(1.0, 0.0), mean, var)
+    assert gap(logit, at(-59.75, -59.75)) < 1e-6  # E e^f = e^{m + v/2}
+
+
+def test_both_labels_sum_to_one():
+    for likelihood in (BernoulliLikelihood(), likelihoods.LogitBernoulliLikelihood()):
+        one, zero = (log_predictive(likelihood, torch.full((5,), y, dtype=F64), MEANS, VARS) for y in (1.0, 0.0))
+        assert gap(one.exp() + zero.exp(), torch.ones(5)) < 1e-12
+
+
+def test_a_mixture_draws_what_its_moments_say():
+    make = SMOOTH["student-t"][0]
+    with torch.no_grad():
+        found = predictive_distribution(make(), MEANS, VARS)
+        draws = found.sample((40_000,))
+    error = (found.variance / 40_000).sqrt()
+    assert ((draws.mean(0) - found.mean).abs() < 6 * error).all()
+
+
+def test_what_has_no_elementwise_conditional_says_so():
+    m, v = torch.stack([MEANS, MEANS], -1), torch.stack([VARS, VARS], -1)
+    with pytest.raises(errors.UnsupportedError, match="Own .*sampling"):
+        predictive_distribution(Own(), m, v)
+    with pytest.raises(errors.UnsupportedError, match="Own .*sampling"):
+        log_predictive(Own(), m, m, v)
