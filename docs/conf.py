@@ -121,9 +121,7 @@ def plain_docstring(app, what, name, obj, options, lines):
             if set(text) - set("|-: "):
                 cells = [escape(cell.strip()) for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
                 marks = ["* -"] + ["  -"] * (len(cells) - 1)
-                written += [
-                    f"{pad}   {mark} {cell}" for mark, cell in zip(marks, cells, strict=True)
-                ]
+                written += [f"{pad}   {mark} {cell}" for mark, cell in zip(marks, cells, strict=True)]
             table = True
             continue
         if table and text:

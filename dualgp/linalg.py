@@ -101,12 +101,16 @@ def mul_lower(
     With `lower` = L⁻¹, rows k(X, Z) and the transpose, this whitens: φ = L⁻¹ k.
     """
     lower = lower.to(rows.dtype)
-    panels = _panels(lower.shape[-1])
     if transpose:  # column j of the result needs rows[:, :j] only
-        parts = [rows[..., : p.stop] @ lower[..., p, : p.stop].mT for p in panels]
+        pairs = [(p, rows[..., : p.stop], lower[..., p, : p.stop].mT) for p in _panels(lower.shape[-1])]
     else:
-        parts = [rows[..., p.start :] @ lower[..., p.start :, p] for p in panels]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        pairs = [(p, rows[..., p.start :], lower[..., p.start :, p]) for p in _panels(lower.shape[-1])]
+    if len(pairs) == 1 or rows.ndim > 2 or lower.ndim > 2 or (torch.is_grad_enabled() and rows.requires_grad):
+        return torch.cat([left @ right for _, left, right in pairs], -1)
+    out = torch.empty_like(rows)
+    for p, left, right in pairs:
+        torch.mm(left, right, out=out[:, p])
+    return out
 
 
 class GramSum:
@@ -124,9 +128,12 @@ class GramSum:
         shared = phi.ndim == 2 and weights.ndim > 1  # then one n x M block at a time, never [C, n, M]
         sums = self._lower.flatten(0, -3) if shared else self._lower.unsqueeze(0)
         for total, w in zip(sums, weights.flatten(0, -2) if shared else weights.unsqueeze(0), strict=True):
-            weighted = (phi * w.unsqueeze(-1)).mT
+            constant = w[..., :1]  # as under homoscedastic noise: then the weight waits for the M × M sum
+            same = w.shape[-1] > 0 and bool((w == constant).all())
+            weighted = (phi if same else phi * w.unsqueeze(-1)).mT
             for p in self._panels:
-                total[..., p, : p.stop] += weighted[..., p, :] @ phi[..., : p.stop]
+                block = weighted[..., p, :] @ phi[..., : p.stop]
+                total[..., p, : p.stop] += block * constant.unsqueeze(-1) if same else block
 
     def total(self) -> Float[Tensor, "*b m m"]:
         """Return the sum so far, symmetric to the last bit."""
@@ -135,8 +142,8 @@ class GramSum:
 
 def _too_precise(phi: Tensor, weights: Tensor) -> bool:
     """Whether float32 rounding of a block's sum could reach the unit eigenvalues of P = I + Φᵀ diag(β) Φ."""
-    norms = phi.detach().square().sum(-1)
-    trace = (norms * weights.to(norms.dtype).abs()).sum(-1).max()
+    norms = torch.linalg.vector_norm(phi.detach(), dim=-1).square()
+    trace = (norms * weights.to(norms.dtype).abs()).sum(-1).max() if norms.numel() else norms.new_zeros(())
     return bool(trace * torch.finfo(torch.float32).eps > 0.1)
 
 

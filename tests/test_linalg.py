@@ -82,11 +82,11 @@ def test_the_cholesky_takes_the_jitter_it_is_given_and_no_more():
 
 def test_the_cholesky_raises_its_jitter_by_tens_and_says_so():
     matrix = torch.eye(4, dtype=F64)
-    matrix[0, 0] = -3e-5
-    with pytest.warns(errors.NumericalWarning, match="1e-04, not 1e-06"):
+    matrix[0, 0] = -3e-6
+    with pytest.warns(errors.NumericalWarning, match="1e-05, not 1e-06"):
         factor = psd_cholesky(matrix, 1e-6)
-    assert factor.jitter == pytest.approx(1e-4)
-    expected = matrix + 1e-4 * matrix.diagonal().mean() * torch.eye(4, dtype=F64)
+    assert factor.jitter == pytest.approx(1e-5)
+    expected = matrix + 1e-5 * matrix.diagonal().mean() * torch.eye(4, dtype=F64)
     assert gap(factor.lower @ factor.lower.mT, expected) < 1e-15
 
 

@@ -52,10 +52,15 @@ def fused_cross(form: Stationary, x: Tensor, z: Tensor, dtype: torch.dtype) -> T
     one_x, one_z = torch.ones_like(xs[..., :1]), torch.ones_like(zs[..., :1])
     left = torch.cat([xs, -0.5 * xs.square().sum(-1, keepdim=True), one_x], -1)
     right = torch.cat([zs, one_z, -0.5 * zs.square().sum(-1, keepdim=True)], -1)
-    out = _PROFILES[form.nu](left @ right.mT)
-    if form.outputscale is not None:
-        out = out * form.outputscale.to(dtype)[..., None, None]
-    return out.to(out_dtype)
+    h = left @ right.mT
+    scale = None if form.outputscale is None else form.outputscale.to(dtype)[..., None, None]
+    if math.isinf(form.nu) and not h.requires_grad:
+        out = h.clamp_max_(0).exp_()  # h is ours: no copies of n × M numbers
+        if scale is not None and not scale.requires_grad and scale.ndim <= out.ndim:
+            return out.mul_(scale).to(out_dtype)
+    else:
+        out = _PROFILES[form.nu](h)
+    return (out if scale is None else out * scale).to(out_dtype)
 
 
 class _RBF(torch.autograd.Function):
