@@ -167,6 +167,11 @@ def training_params(likelihood: Likelihood, n: int) -> dict[str, Tensor]:
     return {"noise": noise}
 
 
+def has_batch_shape(likelihood: Likelihood) -> bool:
+    """Return whether the likelihood holds parameters for several processes or data, rather than for all."""
+    return type(likelihood) is FixedNoiseGaussianLikelihood or any(p.ndim > 1 for p in likelihood.parameters())
+
+
 def num_outputs_of(likelihood: Likelihood) -> int | None:
     """Return the number of latent functions that the likelihood itself fixes, or None."""
     if isinstance(likelihood, SoftmaxLikelihood):

@@ -125,9 +125,13 @@ class GramSum:
         if phi.dtype == torch.float32 and _too_precise(phi, weights):
             phi = phi.double()
         weights = weights.to(phi.dtype)
+        if torch.is_grad_enabled() and phi.requires_grad:  # nothing in place
+            self._lower = self._lower + (phi.mT * weights.unsqueeze(-2)) @ phi
+            return
         shared = phi.ndim == 2 and weights.ndim > 1  # then one n x M block at a time, never [C, n, M]
         sums = self._lower.flatten(0, -3) if shared else self._lower.unsqueeze(0)
-        for total, w in zip(sums, weights.flatten(0, -2) if shared else weights.unsqueeze(0), strict=True):
+        all_weights = weights.flatten(0, -2) if shared else weights.unsqueeze(0)
+        for total, w in zip(sums, all_weights, strict=True):
             constant = w[..., :1]  # as under homoscedastic noise: then the weight waits for the M × M sum
             same = w.shape[-1] > 0 and bool((w == constant).all())
             weighted = (phi if same else phi * w.unsqueeze(-1)).mT

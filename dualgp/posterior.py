@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
@@ -56,16 +54,8 @@ class Posterior:
         eye = torch.eye(basis.num_inducing, dtype=torch.float64, device=basis.device)
         self.precision = eye + site.B  # P = I + B
         self.chol = precision_cholesky(self.precision)
-
-    @cached_property
-    def mean_w(self) -> Float[Tensor, "*b m"]:
-        """w̄ = P⁻¹λ."""
-        return torch.cholesky_solve(self.site.lam.unsqueeze(-1), self.chol).squeeze(-1)
-
-    @cached_property
-    def chol_inv(self) -> Float[Tensor, "*b m m"]:
-        """C⁻¹ with P = CCᵀ, so that φᵀP⁻¹φ = |C⁻¹φ|²."""
-        return tri_inverse(self.chol)
+        self.mean_w = torch.cholesky_solve(site.lam.unsqueeze(-1), self.chol).squeeze(-1)  # w̄ = P⁻¹λ
+        self.chol_inv = tri_inverse(self.chol)  # C⁻¹ with P = CCᵀ, so that φᵀP⁻¹φ = |C⁻¹φ|²
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [*batch, T] or [*batch, T, C], in blocks of bounded memory.
@@ -241,7 +231,7 @@ class SiteSum:
     def add(self, features: Features, lam: Tensor, beta: Tensor) -> None:
         """Add a block of data; λ and β have their data last."""
         centred = (lam - beta * features.prior_mean).to(features.phi.dtype)
-        self._lam += (features.phi.mT @ centred.unsqueeze(-1)).squeeze(-1)
+        self._lam = self._lam + (features.phi.mT @ centred.unsqueeze(-1)).squeeze(-1)
         self._gram.add(features.phi, beta)
 
     def site(self) -> Site:

@@ -262,3 +262,11 @@ def test_sites_that_do_not_fit_the_inputs_are_refused():
         one().add(X, random_sites(40, 3, multi=True))
     with pytest.raises(errors.InputError, match="num_outputs=3"):
         three().add(X, random_sites(40))
+
+
+def test_adding_sites_is_differentiable_in_the_inputs():
+    q = one()
+    x = waves(3, q.basis.inducing_points.shape[-1])[0].clone()
+    sites = random_sites(3)
+    at = q.basis.inducing_points[:2]
+    assert torch.autograd.gradcheck(lambda x: q.add(x, sites).predict(at), x.requires_grad_())

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
 from torch import Tensor
 
 from dualgp.duals import check_targets, training_params
 from dualgp.errors import InputError
+
+_WITHOUT_PARAMS = (GaussianLikelihood, MultitaskGaussianLikelihood, BernoulliLikelihood, SoftmaxLikelihood)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +90,16 @@ def check_data(
         check_targets(likelihood, y)
     params = params or {}
     for name, values in params.items():
+        if type(likelihood) in _WITHOUT_PARAMS:
+            raise InputError(f"{type(likelihood).__name__} takes no {name}= per datum; leave it out.")
+        if not isinstance(values, Tensor):
+            raise InputError(f"{name}= must be a torch.Tensor with one value per datum, got {type(values).__name__}.")
         if values.shape[-1] != x.shape[-2] or not values.isfinite().all():
             raise InputError(
                 f"{name}= must hold one finite value per datum ({x.shape[-2]}), got {tuple(values.shape)}."
             )
+        if name == "noise" and not bool((values > 0).all()):
+            raise InputError(f"noise= must be positive variances; the smallest is {values.min().item():g}.")
     return Data(x, y, multi, {name: values.to(x.device) for name, values in params.items()})
 
 

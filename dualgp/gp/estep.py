@@ -25,7 +25,8 @@ _MIN_LR = 2.0**-20
 class EStep(NamedTuple):
     """q with its ELBO (summed over the batch), passes taken, and whether it converged.
 
-    `sites` are the per-datum sites that q is made of; None if the source does not keep its data in one order.
+    `num_data` counts all batch dimensions; `sites` are the per-datum sites that q is made of, None if the source does
+    not keep its data in one order.
     """
 
     posterior: Posterior
@@ -33,6 +34,7 @@ class EStep(NamedTuple):
     elbo: float
     passes: int
     converged: bool
+    num_data: int
 
 
 class Source:
@@ -104,7 +106,7 @@ def e_step(
         visit = _visit(q, made_of, likelihood, source)
         if visit.exact:
             q = Posterior(source.basis, visit.target)
-            return EStep(q, visit.wanted, _collapsed(q, visit), step, True)
+            return EStep(q, visit.wanted, _collapsed(q, visit), step, True, visit.num_data)
         gain = float("inf") if best is None else visit.elbo - best.elbo
         if best is None or gain >= -1e-9 * abs(best.elbo):
             best, lr = visit, min(longest, 2.0 * lr)
@@ -112,10 +114,10 @@ def e_step(
             lr *= 0.5
         if gain < tol * visit.num_data and (gain >= 0 or lr < _MIN_LR):
             last = _advance(best, longest)[:2] if lr == longest else (best.posterior, best.made_of)
-            return EStep(*last, best.elbo, step, True)
+            return EStep(*last, best.elbo, step, True, best.num_data)
         q, made_of, lr = _advance(best, lr)
     assert best is not None
-    return EStep(best.posterior, best.made_of, best.elbo, max_passes, False)
+    return EStep(best.posterior, best.made_of, best.elbo, max_passes, False, best.num_data)
 
 
 class _Visit(NamedTuple):

@@ -130,10 +130,10 @@ def learn_by_batches(
     Returns:
         Rounds taken, and whether the rule was met.
     """
-    parameters = hyper.trained()
-    if not parameters:
+    if not hyper.trained():
         return 0, True
-    optimizer = torch.optim.Adam(parameters, lr=LR)
+    vector = torch.nn.Parameter(torch.from_numpy(hyper.vector()))  # in natural units, as for L-BFGS
+    optimizer = torch.optim.Adam([vector], lr=LR)
     anchor = Anchor.of(start.basis, start.site * (n / seen))
     best, total = -float("inf"), seen
     for done in range(1, stop.max_rounds + 1):
@@ -143,7 +143,7 @@ def learn_by_batches(
             for batch in batches:
                 b = len(batch)
                 total += b
-                value, anchor = _step(hyper, optimizer, batch, anchor, max(b / total, b / n), n / b)
+                value, anchor = _step(hyper, vector, optimizer, batch, anchor, max(b / total, b / n), n / b)
                 values, weight, steps = values + b * value, weight + b, steps + 1
             if steps == before:
                 raise InputError(
@@ -163,7 +163,13 @@ def learn_by_batches(
 
 
 def _step(
-    hyper: Hyper, optimizer: torch.optim.Optimizer, batch: Data, anchor: Anchor, rho: float, scale: float
+    hyper: Hyper,
+    vector: torch.nn.Parameter,
+    optimizer: torch.optim.Optimizer,
+    batch: Data,
+    anchor: Anchor,
+    rho: float,
+    scale: float,
 ) -> tuple[float, Anchor]:
     """One stochastic E- and M-step; return the batch's estimate of the bound and the new anchor."""
     with torch.no_grad():
@@ -180,9 +186,12 @@ def _step(
         fresh = SiteSum(basis)
         fresh.add(features, *sites.by_latent())
         after = Anchor.of(basis, rest.site + fresh.site())
-    optimizer.zero_grad()
+    parameters = hyper.trained()
     with torch.enable_grad():
         bound = batch_bound(hyper, batch, sites, rest, scale)
-        (-bound / (scale * len(batch))).backward()
+        found = torch.autograd.grad(bound, parameters, allow_unused=True)
+    gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    vector.grad = torch.from_numpy(-hyper.vector_gradient(gradient) / (scale * len(batch)))
     optimizer.step()
+    hyper.set_vector(vector.detach().numpy())
     return float(bound.detach()), after

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from dualgp.basis import InducingBasis
-from dualgp.duals import check_likelihood, dual_parameters, expected_log_prob, num_outputs_of
+from dualgp.duals import check_likelihood, dual_parameters, expected_log_prob, has_batch_shape, num_outputs_of
 from dualgp.errors import InputError, NotFittedError, UnsupportedError
 from dualgp.gp import storage
 from dualgp.gp.data import Data, check_data, check_inputs, check_training_data
@@ -92,6 +92,11 @@ class DualGP(nn.Module):
         fixed = num_outputs_of(likelihood)
         if fixed is not None and num_outputs not in (None, fixed):
             raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but num_outputs={num_outputs}.")
+        if num_outputs is not None and fixed is None and has_batch_shape(likelihood):
+            raise UnsupportedError(
+                f"{type(likelihood).__name__} with parameters per output or per datum is not supported for num_outputs="
+                f"{num_outputs}: use MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), or one DualGP each."
+            )
         if num_outputs is not None and num_outputs < 1:
             raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
         if not jitter >= 0:
@@ -101,6 +106,7 @@ class DualGP(nn.Module):
         self.num_outputs = fixed if fixed is not None else num_outputs
         self.jitter = jitter
         self.result: FitResult | None = None
+        self._Z_given = inducing_points is not None
         if inducing_points is not None:
             check_inputs(inducing_points, what="inducing_points")
             inducing_points = inducing_points.detach().clone()
@@ -161,7 +167,7 @@ class DualGP(nn.Module):
             )
         stop = Stop(tol, max_rounds)
         with Progress(None, progress) as bar:
-            M = (self.num_inducing or 100) if self.inducing_points is None else self.inducing_points.shape[-2]
+            M = self.num_inducing or (100 if self.inducing_points is None else self.inducing_points.shape[-2])
             make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
             if data is not None and batch_size is None:
                 outcome = fit_in_memory(make, data, M, stop, bar, generator)
@@ -186,7 +192,8 @@ class DualGP(nn.Module):
         if self._posterior is None:
             if self.site_lam is None or self.site_B is None:
                 raise NotFittedError("This DualGP has no posterior yet: call fit(X, y) or load a fitted one.")
-            self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
+            with torch.inference_mode(False):  # it outlives the caller's context
+                self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
         elif not self._posterior.basis.is_of(self.kernel, self.mean):
             self._posterior = self._posterior.rebase(self._basis())
             self.site_lam, self.site_B = self._posterior.site.lam, self._posterior.site.B
@@ -289,6 +296,12 @@ class DualGP(nn.Module):
         self._posterior = None
         super()._load_from_state_dict(state, prefix, *args)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state, with the site brought up to hyperparameters set by hand."""
+        if self.site_lam is not None:
+            _ = self.posterior
+        return super().state_dict(*args, **kwargs)
+
     def _basis(self) -> InducingBasis:
         assert self.inducing_points is not None
         return InducingBasis(
@@ -296,7 +309,8 @@ class DualGP(nn.Module):
         )
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
-        Z = initial_inducing_points(self.kernel, self.inducing_points, self.num_inducing, data)
+        held = self._Z_given or not learn_inducing
+        Z = initial_inducing_points(self.kernel, self.inducing_points, held, self.num_inducing, data)
         return Hyper(
             self.kernel,
             self.mean,

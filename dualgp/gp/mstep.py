@@ -68,8 +68,17 @@ def m_step(
     start = hyper.vector()
     if start.size == 0 or max_iter == 0:
         return MStep(site_bound(hyper, data, sites), 1)
-    options = {"maxiter": max_iter, "ftol": tol, "maxcor": 20}  # ftol is relative to max(|f|, 1), f is per datum
-    minimize(objective, start, jac=True, method="L-BFGS-B", bounds=hyper.trust_box(TRUST_RADIUS), options=options)
+    reached = -np.inf
+
+    def stop_when_flat(_: np.ndarray) -> None:  # scipy's own ftol is relative to |f|, which has y's units in it
+        nonlocal reached
+        if best[0][0].value - reached < tol * n:
+            raise StopIteration
+        reached = best[0][0].value
+
+    options = {"maxiter": max_iter, "ftol": 0.0, "maxcor": 20}
+    box = hyper.trust_box(TRUST_RADIUS)
+    minimize(objective, start, jac=True, method="L-BFGS-B", bounds=box, callback=stop_when_flat, options=options)
     bound, values = best[0]
     hyper.set_vector(values)
     return MStep(bound, evaluations)

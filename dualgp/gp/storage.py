@@ -30,7 +30,6 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
     """Write the model's state to `path`: to a file beside it first, then renamed over it."""
     if model.site_lam is None:
         raise NotFittedError("There is nothing to save: call fit(X, y) first.")
-    _ = model.posterior  # brings the site up to hyperparameters set by hand
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     config = {
         "kernel": describe(model.kernel),

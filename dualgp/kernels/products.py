@@ -26,6 +26,9 @@ _UNSUPPORTED = {
 }
 
 
+_SOFTPLUS = ("Positive", "GreaterThan")
+
+
 def check_kernel(kernel: object) -> None:
     """Raise unless `kernel` is a GPyTorch kernel with one output per input.
 
@@ -94,5 +97,7 @@ def describe(module: torch.nn.Module | None) -> str | None:
             held = [
                 f"{k}={getattr(part, k)}" for k in settings if isinstance(getattr(part, k, None), int | float | str)
             ]
+            constraints = getattr(part, "_constraints", {})
+            held += [f"{k}={type(c).__name__}" for k, c in constraints.items() if type(c).__name__ not in _SOFTPLUS]
             parts.append(f"{name}:{type(part).__name__}({', '.join(held)})".removeprefix(":"))
     return " ".join(parts)

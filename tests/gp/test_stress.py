@@ -117,7 +117,7 @@ def test_a16_a_fit_of_duplicated_rows_takes_each_once_as_inducing_point():
     x, f, generator = waves(30, 1)
     x, y = x.repeat(4, 1), f.repeat(4) + 0.1 * torch.randn(120, generator=generator, dtype=F64)
     gp = DualGP(matern(), gaussian(0.1), num_inducing=40)
-    with pytest.warns(errors.NumericalWarning, match="Only 30 .* of 40"):
+    with pytest.warns(errors.NumericalWarning, match="Only 30 .* 40"):
         result = gp.fit(x, y, progress=False)
     assert result.converged
     assert len(gp.inducing_points) == len(gp.inducing_points.unique(dim=0)) == 30
