@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
@@ -268,6 +268,3 @@ def _diagonal_normal(y: Tensor, mean: Tensor, var: Tensor) -> MultivariateNormal
         batch = MultivariateNormal(mean.mT, DiagLinearOperator(var.mT))
         return MultitaskMultivariateNormal.from_batch_mvn(batch)
     return MultivariateNormal(mean, DiagLinearOperator(var))
-
-
-__all__: list[Any] = ["DualParameters", "check_likelihood", "check_targets", "dual_parameters", "expected_log_prob"]

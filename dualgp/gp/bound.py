@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis
-from dualgp.duals import expected_log_prob, gaussian_noise
-from dualgp.gp.data import Data
+from dualgp.duals import expected_log_prob
+from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.gp.hyper import Hyper
 from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
 from dualgp.linalg import GramSum, logdet, mul_lower, precision_cholesky, psd_cholesky, row_chunks, symmetrise
 from dualgp.posterior import Posterior, SiteSum
 from dualgp.sites import Site, Sites
-
-CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
 
 
 class Bound(NamedTuple):
@@ -62,13 +60,8 @@ class Marginals(NamedTuple):
 
 
 def conjugate_sites(hyper: Hyper, data: Data) -> Sites | None:
-    """Return the sites of a Gaussian likelihood, λ = y/σ² and β = 1/σ², exact whatever q is; None for others."""
-    noise = gaussian_noise(hyper.likelihood, **data.params)
-    if noise is None:
-        return None
-    y = data.y.double()
-    beta = (1.0 / noise.detach().double()).expand(y.shape)
-    return Sites(y * beta, beta, data.targets_multi)
+    """Return the sites of a Gaussian likelihood at the present noise; None for others (see `gaussian_sites`)."""
+    return gaussian_sites(hyper.likelihood, data)
 
 
 def site_bound(hyper: Hyper, data: Data, sites: Sites | None) -> Bound:

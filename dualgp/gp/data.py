@@ -14,9 +14,11 @@ from gpytorch.likelihoods import (
 )
 from torch import Tensor
 
-from dualgp.duals import check_targets, training_params
+from dualgp.duals import check_targets, gaussian_noise, training_params
 from dualgp.errors import InputError
+from dualgp.sites import Sites
 
+CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
 _WITHOUT_PARAMS = (GaussianLikelihood, MultitaskGaussianLikelihood, BernoulliLikelihood, SoftmaxLikelihood)
 
 
@@ -32,11 +34,26 @@ class Data:
     def __len__(self) -> int:
         return self.x.shape[-2]
 
+    @property
+    def count(self) -> int:
+        """How many data there are, all batch dimensions counted."""
+        return self.x.shape[:-1].numel()
+
     def rows(self, rows: slice | Tensor) -> Data:
         """Return some of the data."""
         y = self.y[..., rows, :] if self.targets_multi else self.y[..., rows]
         params = {k: v[..., rows] for k, v in self.params.items()}
         return Data(self.x[..., rows, :], y, self.targets_multi, params)
+
+
+def gaussian_sites(likelihood: Likelihood, data: Data) -> Sites | None:
+    """Return the sites of a Gaussian likelihood, λ = y/σ² and β = 1/σ², exact whatever q is; None for others."""
+    noise = gaussian_noise(likelihood, **data.params)
+    if noise is None:
+        return None
+    y = data.y.double()
+    beta = (1.0 / noise.detach().double()).expand(y.shape)
+    return Sites(y * beta, beta, data.targets_multi)
 
 
 def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> None:

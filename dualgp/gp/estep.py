@@ -11,14 +11,13 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis
-from dualgp.duals import dual_parameters, gaussian_noise
+from dualgp.duals import dual_parameters
 from dualgp.errors import NotPositiveDefiniteError
-from dualgp.gp.data import Data
+from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.linalg import row_chunks
 from dualgp.posterior import Posterior, SiteSum
 from dualgp.sites import Site, Sites
 
-CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
 _MIN_LR = 2.0**-20
 
 
@@ -143,11 +142,11 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     )
     elbo, count, at, exact = -q.kl().sum(), 0, 0, False
     for data, features in source:
-        noise = gaussian_noise(likelihood, **data.params)
-        if noise is not None:
+        sites = gaussian_sites(likelihood, data)
+        if sites is not None:
             exact = True
-            lam, beta, terms = _conjugate(data, noise, features)
-            constants += terms
+            lam, beta = sites.by_latent()
+            constants += _constants(lam, beta, features)
         else:
             m, v = (q.by_output(t) for t in q.marginals(features))
             duals = dual_parameters(likelihood, data.y, m, v, **data.params)
@@ -158,7 +157,7 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
             for store, values in zip(kept, (lam, beta), strict=True):
                 store[..., at : at + len(data)] = values
         at += len(data)
-        count += data.x.shape[:-1].numel()
+        count += data.count
     wanted = None if kept is None else Sites.from_latent(kept[0], kept[1], basis.num_outputs is not None)
     if made_of is None and wanted is not None:
         made_of = wanted * 0.0
@@ -166,14 +165,11 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     return _Visit(q, made_of, value, wanted, total.site(), max(count, 1), exact, constants)
 
 
-def _conjugate(data: Data, noise: Tensor, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """λ = y/σ² and β = 1/σ², data last, with the sums that the collapsed bound needs."""
-    y = data.y.double()
-    sites = Sites(y / noise.double(), (1.0 / noise.double()).expand(y.shape), data.targets_multi)
-    lam, beta = sites.by_latent()
+def _constants(lam: Tensor, beta: Tensor, features: Features) -> Tensor:
+    """The sums over a block of Gaussian sites that the collapsed bound needs beside A and c."""
     squares = (beta * (lam / beta - features.prior_mean).square()).sum()
     log_noise = (torch.log(2 * torch.pi / beta)).sum()
-    return lam, beta, torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
+    return torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
 
 
 def _collapsed(q: Posterior, visit: _Visit) -> float:

@@ -205,7 +205,7 @@ def alternate(
     hyper: Hyper, data: Data, stop: Stop, progress: Progress
 ) -> tuple[int, bool, tuple[Posterior, Sites | None]]:
     """Alternate E- and M-steps; return the rounds taken, whether the rule was met, and the last q with its sites."""
-    n = max(1, data.x.shape[:-1].numel())
+    n = max(1, data.count)
     conjugate = conjugate_sites(hyper, data) is not None
     iterations = M_ITERATIONS if conjugate else M_ITERATIONS_BETWEEN
     start: tuple[Posterior, Sites | None] = Posterior(hyper.basis()), None

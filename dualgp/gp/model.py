@@ -166,7 +166,7 @@ class DualGP(nn.Module):
                 f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
             )
         stop = Stop(tol, max_rounds)
-        with Progress(None, progress) as bar:
+        with Progress(progress) as bar:
             M = self.num_inducing or (100 if self.inducing_points is None else self.inducing_points.shape[-2])
             make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
             if data is not None and batch_size is None:

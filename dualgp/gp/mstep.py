@@ -45,7 +45,7 @@ def m_step(
 
     Source: form S of Adam et al. 2021, § 3.3; Byrd et al. 1995 for L-BFGS-B.
     """
-    n = max(1, data.x.shape[:-1].numel())
+    n = max(1, data.count)
     best: list[tuple[Bound, np.ndarray]] = []
     evaluations = 0
 

@@ -21,15 +21,14 @@ class Progress:
     """Counts rounds, remembers the trace of the bound per datum, and shows both after a second of work.
 
     Args:
-        total: rounds at most, or None.
         show: True, False, or None for "if standard error is a terminal".
     """
 
-    def __init__(self, total: int | None, show: bool | None) -> None:
+    def __init__(self, show: bool | None) -> None:
         self.start = time.perf_counter()
         self.trace: list[TracePoint] = []
         disable = None if show is None else not show
-        self._bar = tqdm(total=total, desc="fit", unit="round", leave=False, delay=1.0, disable=disable)
+        self._bar = tqdm(desc="fit", unit="round", leave=False, delay=1.0, disable=disable)
 
     def __enter__(self) -> Progress:
         return self
