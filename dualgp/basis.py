@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
-from dualgp.linalg import mul_lower, psd_cholesky, row_chunks, tri_inverse
+from dualgp.linalg import psd_cholesky, row_chunks, tri_inverse, whiten
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class InducingBasis:
         """Return φ(x) in the dtype of the basis, with prior variance and mean in float64; differentiable."""
         x = self.expand(x)
         cross = cross_covariance(self.kernel, x, self.expand(self.inducing_points), self.dtype)
-        phi = mul_lower(cross, self.L_inv, transpose=True)  # φ = L⁻¹ k
+        phi = whiten(cross, self.L_inv)
         return Features(phi, kernel_diagonal(self.kernel, x), self.prior_mean(x))
 
     def blocks(self, x: Tensor) -> Iterator[tuple[slice, Features]]:

@@ -132,6 +132,11 @@ def conditional_log_prob(likelihood: Likelihood, y: Tensor, f: Tensor, **params:
     return likelihood.forward(f, **params).log_prob(y)
 
 
+def is_gaussian(likelihood: Likelihood) -> bool:
+    """Return whether the likelihood is Gaussian: then its sites are known whatever q is."""
+    return type(likelihood) in (GaussianLikelihood, FixedNoiseGaussianLikelihood, MultitaskGaussianLikelihood)
+
+
 def gaussian_noise(likelihood: Likelihood, noise: Tensor | None = None, **_: Tensor) -> Tensor | None:
     """Return the noise variance of a Gaussian likelihood, broadcastable to y; None for any other likelihood."""
     kind = type(likelihood)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis
 from dualgp.errors import BasisMismatchError, InputError
-from dualgp.linalg import GramSum, logdet, mul_lower, precision_cholesky, symmetrise, tri_inverse
+from dualgp.linalg import GramSum, logdet, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
 
@@ -91,11 +91,9 @@ class Posterior:
         """Return φᵀP⁻¹φ in float64, data last: the part of the variance that sites can change."""
         chol_inv = self.chol_inv
         if phi.ndim == 2 and chol_inv.ndim > 2:
-            flat = [
-                mul_lower(phi, c, transpose=True).square().sum(-1) for c in chol_inv.reshape(-1, *chol_inv.shape[-2:])
-            ]
-            return torch.stack(flat).reshape(*chol_inv.shape[:-2], -1).double()
-        return mul_lower(phi, chol_inv, transpose=True).square().sum(-1).double()
+            flat = [squared_norms(phi, c) for c in chol_inv.reshape(-1, *chol_inv.shape[-2:])]
+            return torch.stack(flat).reshape(*chol_inv.shape[:-2], -1)
+        return squared_norms(phi, chol_inv)
 
     def predict_joint(self, x: Tensor) -> MultivariateNormal:
         """Return the joint Gaussian of f(x): a MultivariateNormal, or a MultitaskMultivariateNormal for C outputs.
@@ -203,6 +201,14 @@ class Posterior:
         trace = self.chol_inv.square().sum((-2, -1))
         kl = 0.5 * (trace - self.basis.num_inducing + logdet(self.chol) + self.mean_w.square().sum(-1))
         return kl if self.basis.num_outputs is None else kl.sum(-1)
+
+    def expected_log(self, site: Site | None) -> Tensor:
+        """Return E_q[λᵀw − ½ wᵀBw] of a site on this basis, summed over outputs; 0 for None."""
+        if site is None:
+            return self.mean_w.new_zeros(())
+        w = self.mean_w.unsqueeze(-1)
+        spread = (self.chol_inv @ site.B * self.chol_inv).sum()  # tr B P⁻¹
+        return (site.lam * self.mean_w).sum() - 0.5 * (spread + (w * (site.B @ w)).sum())
 
     def by_output(self, values: Tensor) -> Tensor:
         """Data last [*b, n] to outputs last [*batch, n, C]; nothing to do for one output."""

@@ -11,7 +11,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis
-from dualgp.duals import dual_parameters
+from dualgp.duals import dual_parameters, is_gaussian
 from dualgp.errors import NotPositiveDefiniteError
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.linalg import row_chunks
@@ -54,7 +54,8 @@ class Source:
             kernels = basis.L.shape[:-2].numel() * batches.x.shape[:-2].numel()
             self._cache = [] if size * kernels <= CACHE_BYTES else None
 
-    def __iter__(self) -> Iterator[tuple[Data, Features]]:
+    def blocks(self, *, keep: bool = True) -> Iterator[tuple[Data, Features]]:
+        """Yield blocks of data with their features; `keep` them for the next pass, if there is to be one."""
         if self._cache:
             yield from self._cache
             return
@@ -63,9 +64,10 @@ class Source:
             for rows in row_chunks(len(data), basis.num_inducing, basis.dtype, basis.device):
                 block = data.rows(rows)
                 features = basis.features(block.x)
-                if self._cache is not None:
+                if keep and self._cache is not None:
                     self._cache.append((block, features))
                 yield block, features
+                del features
 
 
 @torch.no_grad()
@@ -74,6 +76,7 @@ def e_step(
     likelihood: Likelihood,
     start: tuple[Posterior, Sites | None] | None = None,
     *,
+    base: Site | None = None,
     tol: float = 1e-8,
     max_passes: int = 200,
 ) -> EStep:
@@ -90,7 +93,10 @@ def e_step(
     Args:
         source: data and basis.
         likelihood: any supported likelihood.
-        start: where to start: a posterior on the source's basis and the sites it is made of; the prior if None.
+        start: where to start: a posterior on the source's basis and the sites it is made of; the prior (with the
+            base) if None.
+        base: a site on the source's basis that stands beside those of the data and stays: what a stream has forgotten.
+            The ELBO then holds E_q[log base] as well.
         tol: stop when a pass gains less than `tol` nats per datum.
         max_passes: limit on passes over the data.
 
@@ -98,14 +104,14 @@ def e_step(
     """
     if source.basis.dtype == torch.float32:  # gains below the rounding of float32 are noise
         tol = max(tol, 1e-6)
-    q, made_of = start or (Posterior(source.basis), None)
+    q, made_of = start or (Posterior(source.basis, base), None)
     best: _Visit | None = None
     lr = longest = 2.0 / 3.0 if isinstance(likelihood, SoftmaxLikelihood) else 1.0
     for step in range(1, max_passes + 1):
-        visit = _visit(q, made_of, likelihood, source)
+        visit = _visit(q, made_of, likelihood, source, base)
         if visit.exact:
             q = Posterior(source.basis, visit.target)
-            return EStep(q, visit.wanted, _collapsed(q, visit), step, True, visit.num_data)
+            return EStep(q, visit.wanted, _collapsed(q, visit, base), step, True, visit.num_data)
         gain = float("inf") if best is None else visit.elbo - best.elbo
         if best is None or gain >= -1e-9 * abs(best.elbo):
             best, lr = visit, min(longest, 2.0 * lr)
@@ -120,7 +126,7 @@ def e_step(
 
 
 class _Visit(NamedTuple):
-    """One pass at q: the sites it is made of, its ELBO, and the sites, one by one and summed, that it asks for."""
+    """One pass at q: the sites it is made of, its ELBO, the sites it asks for, and q's site if it had them."""
 
     posterior: Posterior
     made_of: Sites | None
@@ -132,7 +138,7 @@ class _Visit(NamedTuple):
     constants: Tensor  # of a Gaussian likelihood: Σβ(y−μ)², Σβ·k(x,x), Σ log 2πσ²
 
 
-def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: Source) -> _Visit:
+def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: Source, base: Site | None) -> _Visit:
     basis = source.basis
     total = SiteSum(basis)
     constants = torch.zeros(3, dtype=torch.float64, device=basis.device)
@@ -140,8 +146,8 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     kept = (
         [q.site.lam.new_empty(*basis.batch_shape, source.size) for _ in range(2)] if source.size is not None else None
     )
-    elbo, count, at, exact = -q.kl().sum(), 0, 0, False
-    for data, features in source:
+    elbo, count, at, exact = -q.kl().sum() + q.expected_log(base), 0, 0, False
+    for data, features in source.blocks(keep=not is_gaussian(likelihood)):
         sites = gaussian_sites(likelihood, data)
         if sites is not None:
             exact = True
@@ -158,11 +164,13 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
                 store[..., at : at + len(data)] = values
         at += len(data)
         count += data.count
+        del features  # before the next block asks for memory: its pages are warm
     wanted = None if kept is None else Sites.from_latent(kept[0], kept[1], basis.num_outputs is not None)
     if made_of is None and wanted is not None:
         made_of = wanted * 0.0
     value = float(elbo) if math.isfinite(float(elbo)) else -math.inf
-    return _Visit(q, made_of, value, wanted, total.site(), max(count, 1), exact, constants)
+    target = total.site() if base is None else total.site() + base
+    return _Visit(q, made_of, value, wanted, target, max(count, 1), exact, constants)
 
 
 def _constants(lam: Tensor, beta: Tensor, features: Features) -> Tensor:
@@ -172,14 +180,13 @@ def _constants(lam: Tensor, beta: Tensor, features: Features) -> Tensor:
     return torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
 
 
-def _collapsed(q: Posterior, visit: _Visit) -> float:
+def _collapsed(q: Posterior, visit: _Visit, base: Site | None) -> float:
     """The ELBO of the exact q of a Gaussian likelihood, from sums that the pass has: no second pass."""
     squares, prior_var, log_noise = visit.constants
-    A, c, w = q.site.B, q.site.lam, q.mean_w
-    Aw = (A @ w.unsqueeze(-1)).squeeze(-1)
-    fit = squares + (w * (Aw - 2 * c)).sum()
-    spread = prior_var - A.diagonal(dim1=-2, dim2=-1).sum() + (q.chol_inv @ A * q.chol_inv).sum()
-    return float(-0.5 * (fit + spread + log_noise) - q.kl().sum())
+    data = q.site if base is None else q.site - base
+    spread = prior_var - data.B.diagonal(dim1=-2, dim2=-1).sum()
+    fit = -0.5 * (squares + spread + log_noise) + q.expected_log(data)
+    return float(fit - q.kl().sum() + q.expected_log(base))
 
 
 def _advance(best: _Visit, lr: float) -> tuple[Posterior, Sites | None, float]:
