@@ -11,7 +11,7 @@ sum, Â = Σ b_i φφᵀ, g = Σ a_i φ_i − w̄, h = P⁻¹g, U = I − P⁻¹
     ∂L/∂K_zz = −½ L⁻ᵀ S L⁻¹,  S = Σ_i (∂L/∂φ_i) φ_iᵀ = w̄(Σ a φ)ᵀ + h cᵀ + U Â + 2 G A
 
 G and h vanish where the sites have converged. For Gaussian noise the sites are y/σ² and 1/σ² at every θ, so G = h = 0
-always and L is the collapsed bound of Titsias 2009. `batch_bound` says the same by plain autograd.
+always and L is the collapsed bound of Titsias 2009. `hybrid.batch_bound` says the same by plain autograd.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dualgp.duals import expected_log_prob
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.gp.hyper import Hyper
 from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
-from dualgp.linalg import GramSum, logdet, mul_lower, precision_cholesky, psd_cholesky, row_chunks, symmetrise
+from dualgp.linalg import GramSum, mul_lower, row_chunks, symmetrise
 from dualgp.posterior import Posterior, SiteSum
-from dualgp.sites import Site, Sites
+from dualgp.sites import Sites
 
 
 class Bound(NamedTuple):
@@ -235,66 +235,3 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return left.to(dtype).unsqueeze(-1) * right.to(dtype).unsqueeze(-2)
-
-
-def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = None, scale: float = 1.0) -> Tensor:
-    """Return the bound on a batch by plain autograd: the law that `site_bound` is held to, and the minibatch objective.
-
-    scale · Σ_batch E_q[log p] − KL(q ‖ p) + log p(θ), where q is the prior with the batch's sites in form S, and
-    what is not in the batch (`old`) in form U: a site on u, re-read at each θ through T = L_old⁻¹ K(Z_old, Z) L⁻ᵀ.
-
-    Args:
-        hyper: parameters, with gradient.
-        data: the batch.
-        sites: its sites, scaled already if they stand for more data than the batch holds.
-        old: all that is not in the batch, anchored where it was found.
-        scale: n / batch size, on the expected log-likelihood only.
-
-    Raises:
-        NotPositiveDefiniteError: as in `site_bound`.
-    """
-    Z = hyper.Z.to(hyper.dtype)
-    Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
-    x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
-    L, _ = psd_cholesky(prior_covariance(hyper.kernel, Z), hyper.jitter)
-    cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
-    phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
-    mu, mu_z = (v.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(v.double()) for v in (x, Z))
-    site = sites.pull_back(phi, mu)
-    if old is not None:
-        site = site + old.carry(hyper, Z, L, mu_z)
-    C = precision_cholesky(torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device) + site.B)
-    w = torch.cholesky_solve(site.lam.unsqueeze(-1), C).squeeze(-1)
-    half = torch.linalg.solve_triangular(C, phi.mT, upper=False)
-    m = mu + (phi @ w.unsqueeze(-1)).squeeze(-1)
-    v = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1) + half.square().sum(-2)
-    m, v = (m.mT, v.mT) if hyper.num_outputs is not None else (m, v)
-    elp = expected_log_prob(hyper.likelihood, data.y, m, v, **data.params).sum()
-    trace = torch.cholesky_inverse(C).diagonal(dim1=-2, dim2=-1).sum(-1)
-    kl = 0.5 * (trace - Z.shape[-2] + logdet(C) + w.square().sum(-1)).sum()
-    return scale * elp - kl + hyper.log_prior()
-
-
-class Anchor(NamedTuple):
-    """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z) and jitter of the basis it was found on."""
-
-    L_inv: Tensor
-    Z: Tensor
-    mean: Tensor
-    jitter: float
-    site: Site
-
-    @classmethod
-    def of(cls, basis: InducingBasis, site: Site) -> Anchor:
-        """Anchor a site on `basis`; nothing of it changes when the basis's modules train on."""
-        Z = basis.expand(basis.inducing_points)
-        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach().clone(), basis.jitter, site)
-
-    def carry(self, hyper: Hyper, Z: Tensor, L: Tensor, mu_z: Tensor) -> Site:
-        """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""
-        moved = cross_covariance(hyper.kernel, self.Z, Z, torch.float64)
-        jitter = self.jitter * kernel_diagonal(hyper.kernel, Z).mean(-1)[..., None, None]
-        moved = moved + jitter * torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device)
-        T = self.L_inv @ torch.linalg.solve_triangular(L, moved.mT, upper=False).mT  # L_old⁻¹ K(Z_old, Z) L⁻ᵀ
-        shift = (self.L_inv @ (mu_z - self.mean).unsqueeze(-1)).squeeze(-1)
-        return self.site.pull_back(T, shift)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dualgp.duals import dual_parameters
 from dualgp.errors import InputError
-from dualgp.gp.bound import Anchor, batch_bound
 from dualgp.gp.data import Data
+from dualgp.gp.hybrid import Anchor, batch_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.progress import Progress
 from dualgp.gp.stop import Stop
@@ -175,7 +175,7 @@ def _step(
     with torch.no_grad():
         basis = hyper.basis()
         Z = basis.expand(hyper.Z.to(hyper.dtype))
-        site = anchor.carry(hyper, Z, basis.L, basis.prior_mean(Z))
+        site = anchor.carry(hyper, Z, basis.L)
         q = Posterior(basis, site)
         features = basis.features(batch.x)
         m, v = (q.by_output(t) for t in q.marginals(features))

@@ -10,9 +10,10 @@ from families import FAMILIES, M, N, Problem, fitted
 from toys import F64, at, gap, hyper, rbf, solve
 
 from dualgp import InducingBasis, Posterior, greedy_variance
-from dualgp.gp.bound import batch_bound, conjugate_sites, site_bound
+from dualgp.gp.bound import conjugate_sites, site_bound
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
+from dualgp.gp.hybrid import batch_bound
 from dualgp.gp.hyper import Hyper
 
 

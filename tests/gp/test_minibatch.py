@@ -79,8 +79,9 @@ def test_learning_from_a_loader_ends_close_to_learning_in_memory():
 
 def worst_schedule(x: torch.Tensor, y: torch.Tensor) -> float:
     """What never converged: one E-step, then ten noisy steps of Adam at .1 with the sites held, again and again."""
-    from dualgp.gp.bound import Anchor, batch_bound, conjugate_sites
+    from dualgp.gp.bound import conjugate_sites
     from dualgp.gp.estep import Source, e_step
+    from dualgp.gp.hybrid import Anchor, batch_bound
 
     parameters = hyper(rbf(0.8, 1.0), gaussian(0.1), x[:10])
     adam, generator = torch.optim.Adam(parameters.trained(), lr=0.1), seeded()
@@ -110,8 +111,8 @@ def test_one_step_estimates_the_bound_without_bias():
     x, y = classification()
     parameters = hyper(rbf(0.8, 1.0), BernoulliLikelihood(), x[:10])
     data = Data(x, y, False)
-    from dualgp.gp.bound import Anchor, batch_bound
     from dualgp.gp.estep import Source, e_step
+    from dualgp.gp.hybrid import Anchor, batch_bound
 
     found = e_step(Source(parameters.basis(), data), parameters.likelihood)
     q, b = found.posterior, 40

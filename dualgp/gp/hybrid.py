@@ -1,0 +1,140 @@
+"""The hybrid bound, by plain autograd: some data as sites per datum (form S), all else as one site on u (form U).
+
+    L(θ, Z) = s Σ_i E_q[log p(y_i|f_i)] + E_q[log t_old(u)] − KL(q ‖ p) + log p(θ)
+
+t_old is anchored where it was found: on w_old = L_old⁻¹(u_old − μ_old). At other hyperparameters, or with Z moved,
+
+    w_old = T w + shift + ε,   T = L_old⁻¹ K(Z_old, Z) L⁻ᵀ,   cov ε = L_old⁻¹ K(Z_old, Z_old) L_old⁻ᵀ − T Tᵀ
+
+so that its site is pulled back along T, and E_q[log t_old] loses ½ tr(B cov ε): nothing where Z contains Z_old.
+
+Source: form U of Bui et al. 2017 (streaming sparse GPs); the hybrid with sites per datum is this package's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualgp.basis import InducingBasis
+from dualgp.duals import expected_log_prob
+from dualgp.gp.data import Data
+from dualgp.gp.hyper import Hyper
+from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
+from dualgp.linalg import logdet, precision_cholesky, psd_cholesky
+from dualgp.sites import Site, Sites
+
+
+class Anchor(NamedTuple):
+    """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z) and jitter of the basis it was found on."""
+
+    L_inv: Tensor
+    Z: Tensor
+    mean: Tensor
+    jitter: float
+    site: Site
+
+    @classmethod
+    def of(cls, basis: InducingBasis, site: Site) -> Anchor:
+        """Anchor a site on `basis`; nothing of it changes when the basis's modules train on."""
+        Z = basis.expand(basis.inducing_points)
+        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach().clone(), basis.jitter, site)
+
+    def carry(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Site:
+        """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""
+        return self.site.pull_back(*self._map(hyper, Z, L))
+
+    def constant(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Tensor:
+        """Return what E_q[log t_old] has beside the carried site: λᵀs − ½ sᵀBs − ½ tr(B cov ε), s the shift."""
+        T, shift = self._map(hyper, Z, L)
+        value = (self.site.lam * shift).sum() - 0.5 * (self.site.B * (shift.unsqueeze(-1) * shift.unsqueeze(-2))).sum()
+        if self._holds(Z):
+            return value
+        own = self._jittered(prior_covariance(hyper.kernel, self.Z), hyper, self.Z)
+        return value - 0.5 * (self.site.B * (self.L_inv @ own @ self.L_inv.mT - T @ T.mT)).sum()
+
+    def _holds(self, Z: Tensor) -> bool:
+        return self.Z.shape == Z.shape and bool((self.Z == Z).all())
+
+    def _map(self, hyper: Hyper, Z: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (T, shift) with E[w_old | w] = T w + shift."""
+        cross = cross_covariance(hyper.kernel, self.Z, Z, torch.float64)
+        if Z.shape[-2] == self.Z.shape[-2]:
+            cross = self._jittered(cross, hyper, Z)
+        T = self.L_inv @ torch.linalg.solve_triangular(L, cross.mT, upper=False).mT
+        mean = torch.zeros_like(self.mean) if hyper.mean is None else hyper.mean(self.Z.double())
+        return T, (self.L_inv @ (mean - self.mean).unsqueeze(-1)).squeeze(-1)
+
+    def _jittered(self, K: Tensor, hyper: Hyper, Z: Tensor) -> Tensor:
+        jitter = self.jitter * kernel_diagonal(hyper.kernel, Z).mean(-1)[..., None, None]
+        return K + jitter * torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device)
+
+
+class _Terms(NamedTuple):
+    """The parts of the bound: Σ E_q[log p], KL(q ‖ p), and E_q[log t_old]."""
+
+    fit: Tensor
+    kl: Tensor
+    old: Tensor
+
+
+def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = None, scale: float = 1.0) -> Tensor:
+    """Return scale · Σ_batch E_q[log p(y_i|f_i)] − KL(q ‖ p) + log p(θ), where q is prior, batch's sites and `old`.
+
+    The law that `site_bound` is held to (without `old`), and the objective of learning by batches (where E_q[log t_old]
+    has no place: the scaled batch stands for all data).
+
+    Args:
+        hyper: parameters, with gradient.
+        data: the batch.
+        sites: its sites, scaled already if they stand for more data than the batch holds.
+        old: all that is not in the batch, anchored where it was found.
+        scale: n / batch size, on the expected log-likelihood only.
+
+    Raises:
+        NotPositiveDefiniteError: as in `site_bound`.
+    """
+    terms = _terms(hyper, data, sites, old, with_old=False)
+    return scale * terms.fit - terms.kl + hyper.log_prior()
+
+
+def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None) -> Tensor:
+    """Return the bound on all that a stream has seen: `data` with its sites, and what is forgotten in `old`.
+
+    Σ E_q[log p(y_i|f_i)] + E_q[log t_old(u)] − KL(q ‖ p) + log p(θ); arguments and errors as in `batch_bound`.
+    """
+    terms = _terms(hyper, data, sites, old, with_old=True)
+    return terms.fit + terms.old - terms.kl + hyper.log_prior()
+
+
+def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_old: bool) -> _Terms:
+    Z = hyper.Z.to(hyper.dtype)
+    Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
+    x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
+    L, _ = psd_cholesky(prior_covariance(hyper.kernel, Z), hyper.jitter)
+    cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
+    phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
+    mu = x.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(x.double())
+    site = sites.pull_back(phi, mu)
+    carried = None
+    if old is not None:
+        carried = old.carry(hyper, Z, L)
+        site = site + carried
+    C = precision_cholesky(torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device) + site.B)
+    w = torch.cholesky_solve(site.lam.unsqueeze(-1), C).squeeze(-1)
+    half = torch.linalg.solve_triangular(C, phi.mT, upper=False)
+    m = mu + (phi @ w.unsqueeze(-1)).squeeze(-1)
+    v = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1) + half.square().sum(-2)
+    m, v = (m.mT, v.mT) if hyper.num_outputs is not None else (m, v)
+    fit = expected_log_prob(hyper.likelihood, data.y, m, v, **data.params).sum()
+    P_inv = torch.cholesky_inverse(C)
+    trace = P_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
+    kl = 0.5 * (trace - Z.shape[-2] + logdet(C) + w.square().sum(-1)).sum()
+    log_old = fit.new_zeros(())
+    if old is not None and carried is not None and with_old:
+        Bw = (carried.B @ w.unsqueeze(-1)).squeeze(-1)
+        log_old = (carried.lam * w - 0.5 * w * Bw).sum() - 0.5 * (carried.B * P_inv).sum()
+        log_old = log_old + old.constant(hyper, Z, L)
+    return _Terms(fit, kl, log_old)
