@@ -1,4 +1,4 @@
-"""Choice of inducing inputs: greedy conditional variance."""
+"""Choice of inducing inputs: take those of greatest conditional variance, drop those that cost the bound least."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualgp.errors import InputError
-from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal
+from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.linalg import psd_cholesky
 
 
 @torch.no_grad()
 def greedy_variance(
-    kernel: Kernel, x: Float[Tensor, "n d"], num_inducing: int, *, tol: float = 1e-10
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    num_inducing: int,
+    *,
+    given: Float[Tensor, "k d"] | None = None,
+    tol: float = 1e-10,
 ) -> Int[Tensor, "m"]:
     """Return the rows of x chosen by greatest conditional variance: the pivots of a pivoted Cholesky factor.
 
@@ -25,6 +31,7 @@ def greedy_variance(
         kernel: a GPyTorch kernel with no batch dimension (of a batch, the first is used).
         x: candidate inputs.
         num_inducing: how many rows to choose, ≥ 1.
+        given: inputs whose values are known already; what they explain is not chosen again.
         tol: relative residual variance under which to stop.
 
     Raises:
@@ -43,9 +50,15 @@ def greedy_variance(
     kernel = frozen_copy(kernel)  # in float64, as the inputs will be
     residual = _first(kernel_diagonal(kernel, x), 1).clone()
     floor = tol * residual.max()
-    factor = residual.new_zeros(num_inducing, n)
+    known = 0 if given is None else given.shape[-2]
+    factor = residual.new_zeros(known + num_inducing, n)
+    if given is not None and known:
+        L, _ = psd_cholesky(_first(prior_covariance(kernel, given), 2), 1e-10)
+        cross = _first(cross_covariance(kernel, given, x, torch.float64), 2)
+        factor[:known] = torch.linalg.solve_triangular(L, cross, upper=False)
+        residual = (residual - factor[:known].square().sum(0)).clamp_min_(0)
     chosen: list[int] = []
-    for k in range(num_inducing):
+    for k in range(known, known + num_inducing):
         pivot = int(residual.argmax())
         if residual[pivot] <= floor:
             break
@@ -56,6 +69,48 @@ def greedy_variance(
         residual[pivot] = 0.0
         chosen.append(pivot)
     return torch.tensor(chosen, device=x.device)
+
+
+@torch.no_grad()
+def cheapest_to_drop(
+    L_inv: Float[Tensor, "*b m m"], B: Float[Tensor, "*b m m"], size: int, *, tol: float = 0.0
+) -> Int[Tensor, "k"]:
+    """Return the rows of Z to keep: at most `size`, dropped one by one by what each costs the bound.
+
+    Without u_j, what a site with precision B on w says of it is lost: with Q = K_zz⁻¹ and B_u = L⁻ᵀBL⁻¹,
+
+        cost_j = ½ tr(B cov(w | u_{−j})) = ½ [B_u]_jj / Q_jj        in nats
+
+    the fall of E_q[log t] (see `gp.hybrid`). Rows that cost less than `tol` are dropped even where there is room.
+
+    Args:
+        L_inv: L⁻¹ of the present Z.
+        B: precision on w of all that is known.
+        size: M, ≥ 1.
+        tol: nats.
+    """
+    B = L_inv.mT @ B @ L_inv
+    Q = (L_inv.mT @ L_inv).expand(B.shape).clone()
+    left = torch.ones(Q.shape[-1], dtype=torch.bool, device=Q.device)
+    for remaining in range(Q.shape[-1], 1, -1):
+        q, b = Q.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
+        cost = (0.5 * b / q).reshape(-1, len(left)).sum(0).masked_fill(~left, float("inf"))
+        j = int(cost.argmin())
+        if remaining <= size and cost[j] >= tol:
+            break
+        left[j] = False
+        # u_j = gᵀu_{−j} + rest: downdate K⁻¹, and pull B_u back
+        q_j, b_j = Q[..., j], B[..., j]
+        g = -q_j / q_j[..., j, None]
+        g[..., j] = 0.0
+        Q = Q - _outer(q_j, q_j / q_j[..., j, None])
+        B = B + _outer(g, b_j) + _outer(b_j, g) + _outer(g, g * b_j[..., j, None])
+        Q[..., j, j] = 1.0
+    return left.nonzero().reshape(-1)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
 
 
 def _first(values: Tensor, event_dims: int) -> Tensor:
