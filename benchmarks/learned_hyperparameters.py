@@ -42,7 +42,7 @@ from peers import (
 from torch import Tensor
 
 from dualgp import DualGP
-from dualgp.gp import mstep
+from dualgp.gp import fit
 from dualgp.gp.progress import Progress
 from dualgp.predictive import log_predictive
 
@@ -54,7 +54,7 @@ def fit_dual(problem: Problem, m: int, Z: Tensor | None, learn_inducing: bool, r
     """Trace of the default call on all data (see the module's docstring)."""
     n, device = len(problem.X), problem.X.device
     start, points, nlpds = 0.0, [], []
-    plain_bound, plain_site_bound = Progress.bound, mstep.site_bound
+    plain_bound, plain_site_bound = Progress.bound, fit.site_bound
 
     def record(self: Progress, value: float, count: int | None = None) -> None:
         plain_bound(self, value, count)
@@ -88,7 +88,7 @@ def fit_dual(problem: Problem, m: int, Z: Tensor | None, learn_inducing: bool, r
         for _ in range(repeats):
             runs.append(run())
         nlpds.clear()
-        with mock.patch.object(mstep, "site_bound", judge), torch.no_grad():
+        with mock.patch.object(fit, "site_bound", judge), torch.no_grad():
             values = [elbo for _, elbo in run()]
     times = [statistics.median(t) for t in zip(*[[t for t, _ in one] for one in runs], strict=True)]
     trace = Trace(list(zip(times, values, nlpds, strict=True)))

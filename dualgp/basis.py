@@ -100,6 +100,12 @@ class InducingBasis:
         """Build a basis around modules that the caller will not change while it lives (saves the copies)."""
         return cls(kernel, inducing_points, mean, _owned=True, **options)
 
+    def at(self, inducing_points: Tensor) -> InducingBasis:
+        """Return the basis of the same process at another Z."""
+        return InducingBasis.of_owned(
+            self.kernel, inducing_points, self.mean, num_outputs=self.num_outputs, jitter=self.requested_jitter
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of n × M work and of predictions."""
@@ -170,7 +176,7 @@ class InducingBasis:
 
 
 def _same_values(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:
-    if a is None or b is None:
+    if a is b or a is None or b is None:
         return a is b
     if describe(a) != describe(b):
         return False

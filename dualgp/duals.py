@@ -72,7 +72,20 @@ def dual_parameters(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor
         >>> round(d.alpha.item(), 4), round(d.beta.item(), 4)
         (2.0, 2.0)
     """
-    mean, var = mean.detach().double(), var.detach().double()
+    return _duals(likelihood, y, mean.detach(), var.detach(), params, create_graph=False)
+
+
+def differentiable_dual_parameters(
+    likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, **params: Tensor
+) -> DualParameters:
+    """Return what `dual_parameters` does, differentiable in mean and var where E_q[log p] is twice (not softmax)."""
+    return _duals(likelihood, y, mean, var, params, create_graph=True)
+
+
+def _duals(
+    likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, params: dict[str, Tensor], *, create_graph: bool
+) -> DualParameters:
+    mean, var = mean.double(), var.double()
     noise = gaussian_noise(likelihood, **params)
     if noise is not None:
         noise = noise.detach().double()
@@ -80,10 +93,11 @@ def dual_parameters(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor
         beta = (1.0 / noise).expand(mean.shape)
         return DualParameters(elp, (y - mean) * beta, beta.clone())
     with torch.enable_grad():
-        mean, var = mean.requires_grad_(), var.requires_grad_()
+        if not create_graph:
+            mean, var = mean.requires_grad_(), var.requires_grad_()
         elp = expected_log_prob(likelihood, y, mean, var, **params)
-        d_mean, d_var = torch.autograd.grad(elp.sum(), (mean, var))
-    return DualParameters(elp.detach(), d_mean, -2.0 * d_var)
+        d_mean, d_var = torch.autograd.grad(elp.sum(), (mean, var), create_graph=create_graph)
+    return DualParameters(elp if create_graph else elp.detach(), d_mean, -2.0 * d_var)
 
 
 def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, **params: Tensor) -> Tensor:

@@ -72,32 +72,27 @@ def greedy_variance(
 
 
 @torch.no_grad()
-def cheapest_to_drop(
-    L_inv: Float[Tensor, "*b m m"], B: Float[Tensor, "*b m m"], size: int, *, tol: float = 0.0
-) -> Int[Tensor, "k"]:
+def cheapest_to_drop(L_inv: Float[Tensor, "*b m m"], B: Float[Tensor, "*b m m"], size: int) -> Int[Tensor, "k"]:
     """Return the rows of Z to keep: at most `size`, dropped one by one by what each costs the bound.
 
     Without u_j, what a site with precision B on w says of it is lost: with Q = K_zz⁻¹ and B_u = L⁻ᵀBL⁻¹,
 
         cost_j = ½ tr(B cov(w | u_{−j})) = ½ [B_u]_jj / Q_jj        in nats
 
-    the fall of E_q[log t] (see `gp.hybrid`). Rows that cost less than `tol` are dropped even where there is room.
+    the fall of E_q[log t] (see `gp.hybrid`).
 
     Args:
         L_inv: L⁻¹ of the present Z.
         B: precision on w of all that is known.
         size: M, ≥ 1.
-        tol: nats.
     """
     B = L_inv.mT @ B @ L_inv
     Q = (L_inv.mT @ L_inv).expand(B.shape).clone()
     left = torch.ones(Q.shape[-1], dtype=torch.bool, device=Q.device)
-    for remaining in range(Q.shape[-1], 1, -1):
+    for _ in range(Q.shape[-1] - size):
         q, b = Q.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
         cost = (0.5 * b / q).reshape(-1, len(left)).sum(0).masked_fill(~left, float("inf"))
         j = int(cost.argmin())
-        if remaining <= size and cost[j] >= tol:
-            break
         left[j] = False
         # u_j = gᵀu_{−j} + rest: downdate K⁻¹, and pull B_u back
         q_j, b_j = Q[..., j], B[..., j]

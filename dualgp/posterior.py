@@ -103,16 +103,23 @@ class Posterior:
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
+        mean, cov = self.joint(x)
+        dtype = self.basis.dtype
+        joint = MultivariateNormal(mean.to(dtype), to_linear_operator(cov.to(dtype)))
+        return joint if self.basis.num_outputs is None else MultitaskMultivariateNormal.from_batch_mvn(joint)
+
+    def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data."""
         self._check_inputs(x)
         basis = self.basis
         features = basis.features(x)
         phi = features.phi.double()
         mean = features.prior_mean + (phi @ self.mean_w.unsqueeze(-1)).squeeze(-1)
         half = phi @ self.chol_inv.mT
-        cov = basis.prior_covariance(basis.expand(x)) - phi @ phi.mT + half @ half.mT
-        cov = symmetrise(cov).expand(*basis.batch_shape, *cov.shape[-2:])
-        joint = MultivariateNormal(mean.expand(cov.shape[:-1]).to(basis.dtype), to_linear_operator(cov.to(basis.dtype)))
-        return joint if basis.num_outputs is None else MultitaskMultivariateNormal.from_batch_mvn(joint)
+        cov = symmetrise(basis.prior_covariance(basis.expand(x)) - phi @ phi.mT + half @ half.mT)
+        batch = torch.broadcast_shapes(basis.batch_shape, cov.shape[:-2])
+        cov = cov.expand(*batch, *cov.shape[-2:])
+        return mean.expand(cov.shape[:-1]), cov
 
     def sample(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return joint draws of f(x), shape [S, *batch, T] or [S, *batch, T, C].

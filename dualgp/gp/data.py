@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +25,16 @@ _WITHOUT_PARAMS = (GaussianLikelihood, MultitaskGaussianLikelihood, BernoulliLik
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Inputs x [*batch, n, D], targets y [*batch, n] or [*batch, n, C], per-datum likelihood parameters."""
+    """Inputs x [*batch, n, D], targets y [*batch, n] or [*batch, n, C], per-datum likelihood parameters, weights [n].
+
+    A weight is the power to which a datum's likelihood is raised; None is 1 for all.
+    """
 
     x: Tensor
     y: Tensor
     targets_multi: bool  # whether y has a dimension for the outputs
     params: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[-2]
@@ -43,7 +48,36 @@ class Data:
         """Return some of the data."""
         y = self.y[..., rows, :] if self.targets_multi else self.y[..., rows]
         params = {k: v[..., rows] for k, v in self.params.items()}
-        return Data(self.x[..., rows, :], y, self.targets_multi, params)
+        weights = None if self.weights is None else self.weights[rows]
+        return Data(self.x[..., rows, :], y, self.targets_multi, params, weights)
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """Multiply values that have the shape of y by the weights."""
+        if self.weights is None:
+            return values
+        return values * (self.weights.unsqueeze(-1) if self.targets_multi else self.weights)
+
+    def weigh_latent(self, values: Tensor) -> Tensor:
+        """Multiply values with the data last by the weights."""
+        return values if self.weights is None else values * self.weights
+
+    @classmethod
+    def cat(cls, parts: Sequence[Data]) -> Data:
+        """Join data, in order."""
+        multi = parts[0].targets_multi
+        return cls(
+            torch.cat([d.x for d in parts], -2),
+            torch.cat([d.y for d in parts], -2 if multi else -1),
+            multi,
+            {k: torch.cat([d.params[k] for d in parts], -1) for k in parts[0].params},
+            None if all(d.weights is None for d in parts) else torch.cat([d.all_weights() for d in parts]),
+        )
+
+    def all_weights(self) -> Tensor:
+        """Return the weights, float64 [n], ones where none were given."""
+        return (
+            torch.ones(len(self), dtype=torch.float64, device=self.x.device) if self.weights is None else self.weights
+        )
 
 
 def gaussian_sites(likelihood: Likelihood, data: Data) -> Sites | None:
@@ -52,7 +86,7 @@ def gaussian_sites(likelihood: Likelihood, data: Data) -> Sites | None:
     if noise is None:
         return None
     y = data.y.double()
-    beta = (1.0 / noise.detach().double()).expand(y.shape)
+    beta = data.weigh((1.0 / noise.detach().double()).expand(y.shape))
     return Sites(y * beta, beta, data.targets_multi)
 
 
@@ -118,6 +152,20 @@ def check_data(
         if name == "noise" and not bool((values > 0).all()):
             raise InputError(f"noise= must be positive variances; the smallest is {values.min().item():g}.")
     return Data(x, y, multi, {name: values.to(x.device) for name, values in params.items()})
+
+
+def check_weights(weights: Tensor, data: Data) -> Tensor:
+    """Return the weights in float64, checked.
+
+    Raises:
+        InputError: unless there is one finite number ≥ 0 per datum.
+    """
+    if not isinstance(weights, Tensor) or weights.shape != (len(data),):
+        came = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise InputError(f"weights must be a torch.Tensor of shape ({len(data)},), one per datum; got {came}.")
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise InputError(f"weights must be finite and ≥ 0; the smallest is {weights.min().item():g}.")
+    return weights.to(data.x.device, torch.float64)
 
 
 def check_training_data(likelihood: Likelihood, x: Tensor, y: Tensor, num_outputs: int | None) -> Data:

@@ -34,6 +34,7 @@ class EStep(NamedTuple):
     passes: int
     converged: bool
     num_data: int
+    power: float | None = None  # of Gaussian likelihoods: Σ β((y − μ)² + r), see `hybrid.Noise`
 
 
 class Source:
@@ -111,7 +112,9 @@ def e_step(
         visit = _visit(q, made_of, likelihood, source, base)
         if visit.exact:
             q = Posterior(source.basis, visit.target)
-            return EStep(q, visit.wanted, _collapsed(q, visit, base), step, True, visit.num_data)
+            data = q.site if base is None else q.site - base
+            power = float(visit.constants[:2].sum() - data.B.diagonal(dim1=-2, dim2=-1).sum())
+            return EStep(q, visit.wanted, _collapsed(q, visit, base), step, True, visit.num_data, power)
         gain = float("inf") if best is None else visit.elbo - best.elbo
         if best is None or gain >= -1e-9 * abs(best.elbo):
             best, lr = visit, min(longest, 2.0 * lr)
@@ -152,12 +155,13 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
         if sites is not None:
             exact = True
             lam, beta = sites.by_latent()
-            constants += _constants(lam, beta, features)
+            constants += _constants(data, lam, beta, features)
         else:
             m, v = (q.by_output(t) for t in q.marginals(features))
             duals = dual_parameters(likelihood, data.y, m, v, **data.params)
             lam, beta = Sites(duals.alpha + duals.beta * m, duals.beta, basis.num_outputs is not None).by_latent()
-            elbo = elbo + duals.expected_log_prob.sum()
+            lam, beta = data.weigh_latent(lam), data.weigh_latent(beta)
+            elbo = elbo + data.weigh(duals.expected_log_prob).sum()
         total.add(features, lam, beta)
         if kept is not None:
             for store, values in zip(kept, (lam, beta), strict=True):
@@ -173,10 +177,11 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     return _Visit(q, made_of, value, wanted, target, max(count, 1), exact, constants)
 
 
-def _constants(lam: Tensor, beta: Tensor, features: Features) -> Tensor:
+def _constants(data: Data, lam: Tensor, beta: Tensor, features: Features) -> Tensor:
     """The sums over a block of Gaussian sites that the collapsed bound needs beside A and c."""
     squares = (beta * (lam / beta - features.prior_mean).square()).sum()
-    log_noise = (torch.log(2 * torch.pi / beta)).sum()
+    noise = 2 * torch.pi / beta if data.weights is None else 2 * torch.pi * data.weights / beta
+    log_noise = (noise.log() if data.weights is None else noise.log() * data.weights).sum()
     return torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
 
 

@@ -12,6 +12,7 @@ line-searched: many noisy steps at sites grown stale, which never converge, cann
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dualgp.basis import InducingBasis
 from dualgp.errors import ConvergenceWarning, InputError, NumericalWarning
-from dualgp.gp.bound import conjugate_sites
+from dualgp.gp.bound import conjugate_sites, site_bound
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
 from dualgp.gp.hyper import Hyper
@@ -67,6 +68,8 @@ class Outcome(NamedTuple):
     posterior: Posterior
     sites: Sites | None
     result: FitResult
+    power: float | None  # see `EStep`
+    num_rows: int  # n, of one process
 
 
 def fit_in_memory(
@@ -147,7 +150,9 @@ def _finish(
     result = FitResult(
         final.elbo, final.num_data, rounds, converged and final.converged, progress.seconds, progress.trace
     )
-    return Outcome(hyper, final.posterior, final.sites if isinstance(data, Data) else None, result)
+    rows = len(data) if isinstance(data, Data) else final.num_data
+    sites = final.sites if isinstance(data, Data) else None
+    return Outcome(hyper, final.posterior, sites, result, final.power, rows)
 
 
 def initial_inducing_points(
@@ -215,14 +220,19 @@ def alternate(
         if not conjugate:
             found = e_step(Source(start[0].basis, data), hyper.likelihood, start, tol=0.1 * stop.tol)
             sites = found.sites
-        step = m_step(
-            hyper, data, sites, max_iter=iterations, tol=0.1 * stop.tol, callback=lambda v: progress.bound(v, n)
+        bound = m_step(
+            hyper,
+            functools.partial(site_bound, hyper, data, sites),
+            n,
+            max_iter=iterations,
+            tol=0.1 * stop.tol,
+            callback=lambda v: progress.bound(v, n),
         )
-        start = step.bound.posterior, sites
+        start = bound.posterior, sites
         progress.round(f"fit {n}")
-        if step.bound.value - last < stop.tol * n or not hyper.trained():
+        if bound.value - last < stop.tol * n or not hyper.trained():
             return done, True, start
-        last = step.bound.value
+        last = bound.value
     return stop.max_rounds, False, start
 
 

@@ -27,33 +27,55 @@ from dualgp.linalg import logdet, precision_cholesky, psd_cholesky
 from dualgp.sites import Site, Sites
 
 
+class Noise(NamedTuple):
+    """What keeps the noise of a Gaussian likelihood learnable after its data are forgotten.
+
+    Under noise σ² a site found under σ₀² becomes itself to the power s = σ₀²/σ², and the forgotten data say
+    −½ num_data log 2πσ² − ½ s · power of it, with power = Σ β_i ((y_i − μ_i)² + r_i) under σ₀².
+    """
+
+    variance: float
+    num_data: float
+    power: float
+
+
 class Anchor(NamedTuple):
-    """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z) and jitter of the basis it was found on."""
+    """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z), jitter and noise of where it was found."""
 
     L_inv: Tensor
     Z: Tensor
     mean: Tensor
     jitter: float
     site: Site
+    noise: Noise | None = None
 
     @classmethod
-    def of(cls, basis: InducingBasis, site: Site) -> Anchor:
+    def of(cls, basis: InducingBasis, site: Site, noise: Noise | None = None) -> Anchor:
         """Anchor a site on `basis`; nothing of it changes when the basis's modules train on."""
         Z = basis.expand(basis.inducing_points)
-        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach().clone(), basis.jitter, site)
+        return cls(basis.L_inv, Z, basis.prior_mean(Z).detach().clone(), basis.jitter, site, noise)
 
     def carry(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Site:
         """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""
-        return self.site.pull_back(*self._map(hyper, Z, L))
+        site = self.site.pull_back(*self._map(hyper, Z, L))
+        return site if self.noise is None else site * self._power_of(hyper)
 
     def constant(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Tensor:
         """Return what E_q[log t_old] has beside the carried site: λᵀs − ½ sᵀBs − ½ tr(B cov ε), s the shift."""
         T, shift = self._map(hyper, Z, L)
         value = (self.site.lam * shift).sum() - 0.5 * (self.site.B * (shift.unsqueeze(-1) * shift.unsqueeze(-2))).sum()
-        if self._holds(Z):
+        if not self._holds(Z):
+            own = self._jittered(prior_covariance(hyper.kernel, self.Z), hyper, self.Z)
+            value = value - 0.5 * (self.site.B * (self.L_inv @ own @ self.L_inv.mT - T @ T.mT)).sum()
+        if self.noise is None:
             return value
-        own = self._jittered(prior_covariance(hyper.kernel, self.Z), hyper, self.Z)
-        return value - 0.5 * (self.site.B * (self.L_inv @ own @ self.L_inv.mT - T @ T.mT)).sum()
+        log_noise = torch.log(2 * torch.pi * hyper.likelihood.noise.double()).sum()
+        return self._power_of(hyper) * (value - 0.5 * self.noise.power) - 0.5 * self.noise.num_data * log_noise
+
+    def _power_of(self, hyper: Hyper) -> Tensor:
+        """Return s = σ₀²/σ²."""
+        assert self.noise is not None
+        return self.noise.variance / hyper.likelihood.noise.double().sum()
 
     def _holds(self, Z: Tensor) -> bool:
         return self.Z.shape == Z.shape and bool((self.Z == Z).all())
@@ -128,7 +150,7 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
     m = mu + (phi @ w.unsqueeze(-1)).squeeze(-1)
     v = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1) + half.square().sum(-2)
     m, v = (m.mT, v.mT) if hyper.num_outputs is not None else (m, v)
-    fit = expected_log_prob(hyper.likelihood, data.y, m, v, **data.params).sum()
+    fit = data.weigh(expected_log_prob(hyper.likelihood, data.y, m, v, **data.params)).sum()
     P_inv = torch.cholesky_inverse(C)
     trace = P_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
     kl = 0.5 * (trace - Z.shape[-2] + logdet(C) + w.square().sum(-1)).sum()

@@ -52,12 +52,16 @@ class Hyper(gpytorch.Module):
         self.double().to(device)
         if not learn_hyperparameters:
             self.requires_grad_(False)
-        self.Z = nn.Parameter(inducing_points.detach().double().clone(), requires_grad=learn_inducing)
+        self.dtype, self.num_outputs, self.jitter = dtype, num_outputs, jitter
+        self.set_inducing(inducing_points, learn=learn_inducing)
+
+    def set_inducing(self, inducing_points: Tensor, *, learn: bool = False) -> None:
+        """Put Z elsewhere; `learn` says whether it is learned from there."""
+        self.Z = nn.Parameter(inducing_points.detach().double().clone(), requires_grad=learn)
         spread = inducing_points.reshape(-1, inducing_points.shape[-1]).std(0, correction=0)
         # One of M inducing inputs bends the bound about 1/M as much as a lengthscale does.
         unit = 0.4 * inducing_points.shape[-2] ** 0.5
         self.scale = unit * torch.where(spread > 0, spread, torch.ones_like(spread))
-        self.dtype, self.num_outputs, self.jitter = dtype, num_outputs, jitter
 
     def basis(self) -> InducingBasis:
         """Return the basis at the present values; it lives only until they change."""

@@ -67,12 +67,7 @@ class Batches:
 def _smallest(kept: list[Data], keys: list[Tensor], size: int) -> tuple[list[Data], list[Tensor]]:
     key = torch.cat(keys)
     order = key.argsort()[:size]
-    joined = Data(
-        torch.cat([d.x for d in kept], -2),
-        torch.cat([d.y for d in kept], -2 if kept[0].targets_multi else -1),
-        kept[0].targets_multi,
-        {k: torch.cat([d.params[k] for d in kept], -1) for k in kept[0].params},
-    )
+    joined = Data.cat(kept)
     return [joined.rows(order.to(joined.x.device))], [key[order]]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -13,23 +15,29 @@ from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from tqdm.auto import tqdm
 
 from dualgp.basis import InducingBasis
 from dualgp.duals import check_likelihood, dual_parameters, expected_log_prob, has_batch_shape, num_outputs_of
 from dualgp.errors import InputError, NotFittedError, UnsupportedError
-from dualgp.gp import storage
-from dualgp.gp.data import Data, check_data, check_inputs, check_training_data
-from dualgp.gp.fit import FitResult, fit_batches, fit_in_memory, initial_inducing_points
+from dualgp.gp import storage, stream
+from dualgp.gp.condition import Conditioned, condition
+from dualgp.gp.data import Data, check_data, check_inputs, check_training_data, check_weights
+from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
 from dualgp.gp.hyper import Hyper
+from dualgp.gp.memory import Memory, Rule, check_rule
 from dualgp.gp.minibatch import Batches, TensorBatches
 from dualgp.gp.progress import Progress
 from dualgp.gp.stop import Stop
+from dualgp.gp.stream import UpdateResult
+from dualgp.gp.update import Settings
 from dualgp.kernels import check_kernel
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
 
-_SITE_BUFFERS = ("site_lam", "site_B", "lam", "beta")
+_SITE_BUFFERS = ("site_lam", "site_B", "lam", "beta", *stream.BUFFERS)
+_LIKE_INPUTS = ("memory_x",)  # in the dtype of the user; all else in the buffers stays as it is
 
 
 class DualGP(nn.Module):
@@ -40,6 +48,8 @@ class DualGP(nn.Module):
     are this module's own submodules and are updated by `fit`, as in GPyTorch; freeze a parameter with
     `requires_grad_(False)`.
 
+    `update` takes one batch after the other, for ever: the state is O(M² + memory), the cost of a batch does not grow.
+
     Args:
         kernel: a GPyTorch kernel. For C outputs: no batch shape (shared) or batch shape [C] (one each).
         likelihood: a GPyTorch likelihood (see `dualgp.duals` for which).
@@ -49,6 +59,13 @@ class DualGP(nn.Module):
         num_outputs: C for a one-dimensional likelihood with targets [n, C]; softmax and multitask likelihoods say it
             themselves.
         jitter: added to K_zz, relative to the mean of its diagonal.
+        memory: how many past data a stream keeps, with their sites, to find them anew; as many as inducing inputs if
+            None, none if 0. `fit` fills it only if it is given.
+        memory_rule: which data those are: "leverage" (β·v), "sensitivity" (|α|·v), "random", "recency", "balanced" (by
+            class), or a function of `dualgp.gp.memory.Candidates` that returns one score per datum.
+        window: a sliding window: exactly the last `window` data count, and what leaves is taken out. In place of
+            `memory`.
+        generator: source of randomness of the stream (for "random" memory); its own, seeded with 0, if None.
 
     Raises:
         UnsupportedError: if the kernel or likelihood cannot be used, by name and with what to use instead.
@@ -79,6 +96,10 @@ class DualGP(nn.Module):
         inducing_points: Tensor | None = None,
         num_outputs: int | None = None,
         jitter: float = 1e-6,
+        memory: int | None = None,
+        memory_rule: str | Rule = "leverage",
+        window: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_kernel(kernel)
@@ -101,6 +122,13 @@ class DualGP(nn.Module):
             raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
         if not jitter >= 0:
             raise InputError(f"jitter must be ≥ 0, got {jitter}.")
+        if window is not None and (memory is not None or window < 1):
+            raise InputError(f"window must be at least 1 and stand in place of memory; got {window} and {memory}.")
+        if memory is not None and memory < 0:
+            raise InputError(f"memory must be at least 0, got {memory}.")
+        self.memory_size, self.memory_rule, self.window = memory, memory_rule, window
+        check_rule(memory_rule)
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
         self.num_inducing = num_inducing
         self.num_outputs = fixed if fixed is not None else num_outputs
@@ -115,6 +143,18 @@ class DualGP(nn.Module):
         self.site_B: Tensor | None
         self.lam: Tensor | None
         self.beta: Tensor | None
+        self.rest_lam: Tensor | None
+        self.rest_B: Tensor | None
+        self.memory_x: Tensor | None
+        self.memory_y: Tensor | None
+        self.memory_noise: Tensor | None
+        self.memory_weights: Tensor | None
+        self.memory_lam: Tensor | None
+        self.memory_beta: Tensor | None
+        self.memory_ids: Tensor | None
+        self.memory_keys: Tensor | None
+        self.noise_statistics: Tensor | None
+        self.num_seen: Tensor | None
         self.register_buffer("inducing_points", inducing_points)
         for name in _SITE_BUFFERS:
             self.register_buffer(name, None)
@@ -175,9 +215,130 @@ class DualGP(nn.Module):
                 outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), M, stop, bar, generator)
             else:
                 outcome = fit_batches(make, Batches(X, self._check_batch), M, stop, bar, generator)
-        self._adopt(outcome.hyper, outcome.posterior, outcome.sites)
+        self._adopt(outcome)
+        if data is not None and (self.memory_size or self.window):
+            stream.remember_fit(self, data, self._settings(True))
         self.result = outcome.result
         return outcome.result
+
+    def update(
+        self,
+        X: Tensor,
+        y: Tensor,
+        *,
+        weights: Tensor | None = None,
+        learn_hyperparameters: bool = True,
+        move_inducing: bool | None = None,
+        tol: float = 1e-4,
+        **params: Tensor,
+    ) -> UpdateResult:
+        """Take in a batch of any size, one datum included; old data are not needed. Unchanged if this raises.
+
+        Z takes in inputs of the batch; the sites of batch and memory are found, given all that is forgotten;
+        hyperparameters follow on the bound on everything seen; memory is chosen anew; Z gives up what costs least. Each
+        step is a function of `dualgp.gp.update`. At fixed hyperparameters and Z, Gaussian likelihoods give what all
+        data at once would give.
+
+        Args:
+            X: inputs [n, D], in one dtype throughout.
+            y: targets [n], or [n, C] for several outputs; a softmax model says its number of classes at the start, and
+                new ones may appear at any time.
+            weights: powers to which the likelihoods are raised, [n], ≥ 0; 1 if None.
+            learn_hyperparameters: whether kernel, mean and likelihood move.
+            move_inducing: whether Z does; None: unless it was given as `inducing_points`.
+            tol: nats per datum to which sites and hyperparameters are found.
+            params: per-datum parameters, such as `noise` [n].
+
+        Raises:
+            InputError: for data of the wrong shape, dtype, device or value.
+            NotPositiveDefiniteError: if no Gaussian is left.
+
+        Source: Chang et al. 2023; the bound and the choice of Z are this package's own (see `dualgp.gp.update`).
+
+        Example:
+            >>> import gpytorch
+            >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood(), num_inducing=10)
+            >>> x = torch.linspace(0, 6, 60).unsqueeze(-1)
+            >>> for batch in x.split(12):
+            ...     result = gp.update(batch, batch.sin().squeeze(-1))
+            >>> result.num_seen, round(gp.predict(torch.tensor([[1.5]]))[0].item(), 1)
+            (60, 1.0)
+        """
+        if not tol > 0:
+            raise InputError(f"tol must be positive, got {tol}.")
+        data = self._check(X, y, **params)
+        if weights is not None:
+            data = dataclasses.replace(data, weights=check_weights(weights, data))
+        move = not self._Z_given if move_inducing is None else move_inducing
+        return stream.take(self, data, self._settings(move, tol), learn_hyperparameters)
+
+    def update_all(
+        self, batches: Iterable[tuple[Tensor, ...]], *, progress: bool | None = None, **options: Any
+    ) -> UpdateResult:
+        """Call `update` for every batch (X, y) or (X, y, noise), with a progress bar; return how the stream stands.
+
+        Args:
+            batches: anything that can be iterated over, a torch DataLoader for instance; never more than one is held.
+            progress: as in `fit`.
+            options: as in `update`.
+
+        Raises:
+            InputError: as in `update`, or if there was no batch; what came before the bad batch is kept.
+        """
+        result = None
+        with tqdm(batches, desc="update", unit="batch", disable=None if progress is None else not progress) as bar:
+            for X, y, *noise in bar:
+                result = self.update(X, y, **({"noise": noise[0]} if noise else {}), **options)
+                bar.set_postfix_str(str(result), refresh=False)
+        if result is None:
+            raise InputError("There was no batch.")
+        return result
+
+    @property
+    def memory(self) -> Memory | None:
+        """The data that a stream keeps, with their sites and ids (numbers of arrival); None if there are none."""
+        state = stream.read(self)
+        return None if state is None else state.memory
+
+    def forget(self, ids: Tensor) -> None:
+        """Take data of memory out of the posterior, exactly: it is as if their sites had never been added.
+
+        Args:
+            ids: numbers of arrival, as in `memory.ids`.
+
+        Raises:
+            InputError: if one is not in memory: what is forgotten is one site, which cannot be taken apart.
+            NotPositiveDefiniteError: if no Gaussian is left; the model is unchanged.
+        """
+        stream.forget(self, ids)
+
+    def fade(self, factor: float) -> None:
+        """Forget by a factor: the likelihood of everything seen so far is raised to this power, in [0, 1].
+
+        Called before every update it makes old data count less and less (exponential forgetting).
+        """
+        stream.fade(self, factor)
+
+    def move_inducing(self, inducing_points: Tensor) -> None:
+        """Put Z elsewhere, [M', D]: lossless if the new Z contains the old; memory is expanded anew there.
+
+        Raises:
+            InputError: if the points are not finite or of another dimension.
+        """
+        check_inputs(inducing_points, num_dims=self.posterior.basis.inducing_points.shape[-1], what="inducing_points")
+        stream.move_inducing(self, inducing_points)
+
+    def condition(self, X: Tensor, y: Tensor, **params: Tensor) -> Conditioned:
+        """Return the model given more data, as a value, at these hyperparameters; this one is untouched.
+
+        Exact in the new data (as if Z took in X), for any likelihood; X may have batch dimensions [*b, n, D] (with y
+        [*b, n]), and the result is differentiable in X: fantasies, for Bayesian optimisation.
+
+        Raises:
+            InputError: for data of the wrong shape, dtype, device or value.
+        """
+        data = self._check(X, y, **params)
+        return condition(self.posterior, self.likelihood, data)
 
     @property
     def posterior(self) -> Posterior:
@@ -195,9 +356,7 @@ class DualGP(nn.Module):
             with torch.inference_mode(False):  # it outlives the caller's context
                 self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
         elif not self._posterior.basis.is_of(self.kernel, self.mean):
-            self._posterior = self._posterior.rebase(self._basis())
-            self.site_lam, self.site_B = self._posterior.site.lam, self._posterior.site.B
-            self.lam = self.beta = None
+            stream.rebase(self, self._posterior, self._basis())
         return self._posterior
 
     @property
@@ -263,7 +422,7 @@ class DualGP(nn.Module):
         return Sites(duals.alpha + duals.beta * m, duals.beta, self.num_outputs is not None)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write posterior, sites and hyperparameters to a safetensors file, atomically.
+        """Write everything to a safetensors file, atomically: a stream goes on from it to the same last bit.
 
         Raises:
             NotFittedError: before `fit`.
@@ -272,20 +431,27 @@ class DualGP(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | PathLike[str], kernel: Kernel, likelihood: Likelihood, *, mean: Mean | None = None
+        cls,
+        path: str | PathLike[str],
+        kernel: Kernel,
+        likelihood: Likelihood,
+        *,
+        mean: Mean | None = None,
+        memory_rule: str | Rule | None = None,
     ) -> DualGP:
-        """Return the model saved at `path`; nothing in the file is executed.
+        """Return the model saved at `path`, a stream with all it needs to go on; nothing in the file is executed.
 
         Args:
             path: written by `save`.
             kernel: of the kind that was saved; its parameters are overwritten, as are those of the others.
             likelihood: of the kind that was saved.
             mean: of the kind that was saved.
+            memory_rule: needed if it was a function.
 
         Raises:
             InputError: if the file is not of this format or version, is truncated, or does not fit the modules.
         """
-        return storage.load(cls, path, kernel, likelihood, mean)
+        return storage.load(cls, path, kernel, likelihood, mean, memory_rule)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take sites and Z of any size: they are made by `fit`, not by the constructor."""
@@ -304,9 +470,19 @@ class DualGP(nn.Module):
 
     def _basis(self) -> InducingBasis:
         assert self.inducing_points is not None
-        return InducingBasis(
-            self.kernel, self.inducing_points, self.mean, num_outputs=self.num_outputs, jitter=self.jitter
-        )
+        return self._basis_at(self.inducing_points)
+
+    def _basis_at(self, Z: Tensor) -> InducingBasis:
+        return InducingBasis(self.kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
+
+    def _settings(self, move_inducing: bool, tol: float = 1e-4) -> Settings:
+        if self._Z_given and self.inducing_points is not None:
+            limit = self.inducing_points.shape[-2]
+        else:
+            limit = self.num_inducing or 100
+        capacity = self.window or (limit if self.memory_size is None else self.memory_size)
+        rule = check_rule("recency" if self.window else self.memory_rule)
+        return Settings(limit, capacity, rule, move_inducing, self.window is not None, tol)
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing
@@ -323,9 +499,25 @@ class DualGP(nn.Module):
             learn_hyperparameters=learn_hyperparameters,
         )
 
-    @torch.no_grad()
-    def _adopt(self, hyper: Hyper, posterior: Posterior, sites: Sites | None) -> None:
+    def _adopt(self, outcome: Outcome) -> None:
         """Take over what was learned on the working copy."""
+        self._take_hyperparameters(outcome.hyper)
+        posterior, sites = outcome.posterior, outcome.sites
+        self.inducing_points = posterior.basis.inducing_points.clone()
+        for name in stream.BUFFERS:
+            setattr(self, name, None)
+        self.site_lam, self.site_B = posterior.site.lam, posterior.site.B
+        self.lam = None if sites is None else sites.lam
+        self.beta = None if sites is None else sites.beta
+        self.num_seen = torch.tensor(outcome.num_rows, device=posterior.site.lam.device)
+        noise = None if outcome.power is None else stream.noise_of(self, float(outcome.result.num_data), outcome.power)
+        self.noise_statistics = (
+            None if noise is None else torch.tensor(noise, dtype=torch.float64).to(self.num_seen.device)
+        )
+        self._posterior = Posterior(self._basis(), posterior.site)
+
+    @torch.no_grad()
+    def _take_hyperparameters(self, hyper: Hyper) -> None:
         for mine, learned in (
             (self.kernel, hyper.kernel),
             (self.mean, hyper.mean),
@@ -333,11 +525,6 @@ class DualGP(nn.Module):
         ):
             if mine is not None and learned is not None:
                 mine.to(hyper.Z.device).load_state_dict(learned.state_dict())
-        self.inducing_points = posterior.basis.inducing_points.clone()
-        self.site_lam, self.site_B = posterior.site.lam, posterior.site.B
-        self.lam = None if sites is None else sites.lam
-        self.beta = None if sites is None else sites.beta
-        self._posterior = Posterior(self._basis(), posterior.site)
 
     def _check(self, x: Tensor, y: Tensor, **params: Tensor) -> Data:
         return check_data(self.likelihood, x, y, self.num_outputs, params)
@@ -357,6 +544,6 @@ class DualGP(nn.Module):
         self._posterior = None
         super()._apply(fn, recurse)
         for name, value in exact.items():
-            if value is not None:
+            if value is not None and name not in _LIKE_INPUTS:
                 setattr(self, name, value.to(getattr(self, name).device))
         return self

@@ -1,74 +1,75 @@
-"""The M-step: hyperparameters and Z by L-BFGS on the bound of form S, sites frozen and q moving through K(θ)."""
+"""The M-step: hyperparameters and Z by L-BFGS on a bound with the sites frozen and q moving through K(θ)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from scipy.optimize import minimize
+from torch import Tensor
 
 from dualgp.errors import NotPositiveDefiniteError
-from dualgp.gp.bound import Bound, site_bound
-from dualgp.gp.data import Data
 from dualgp.gp.hyper import Hyper
-from dualgp.sites import Sites
 
 TRUST_RADIUS = 2.5  # of the logarithm of a positive hyperparameter, in one M-step
 
 
-class MStep(NamedTuple):
-    """The best bound that was visited, and how often it was evaluated."""
+@runtime_checkable
+class Evaluation(Protocol):
+    """A bound in nats, and its gradient in `hyper.trained()` order."""
 
-    bound: Bound
-    evaluations: int
+    @property
+    def value(self) -> float: ...  # noqa: D102
+    @property
+    def gradient(self) -> list[Tensor]: ...  # noqa: D102
+
+
+E = TypeVar("E", bound=Evaluation)
 
 
 def m_step(
     hyper: Hyper,
-    data: Data,
-    sites: Sites | None,
+    evaluate: Callable[[], E],
+    n: int,
     *,
     max_iter: int,
     tol: float,
+    radius: float = TRUST_RADIUS,
     callback: Callable[[float], None] = lambda value: None,
-) -> MStep:
-    """Maximise `site_bound` over what `hyper` learns; leave `hyper` at the best point visited.
+) -> E:
+    """Maximise a bound over what `hyper` learns; leave `hyper` at the best point visited and return the bound there.
 
     Args:
         hyper: changed in place.
-        data: the data.
-        sites: frozen sites, or None for the conjugate ones, which follow the noise.
+        evaluate: the bound at the present values of `hyper`; NotPositiveDefiniteError marks the end of its domain.
+        n: how many data it is the bound of.
         max_iter: L-BFGS iterations, at most.
         tol: stop when an iteration gains less than `tol` nats per datum.
+        radius: how far the logarithm of a positive hyperparameter may go.
         callback: told the bound after each evaluation.
 
     Source: form S of Adam et al. 2021, § 3.3; Byrd et al. 1995 for L-BFGS-B.
     """
-    n = max(1, data.count)
-    best: list[tuple[Bound, np.ndarray]] = []
-    evaluations = 0
-
-    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal evaluations
-        evaluations += 1
-        hyper.set_vector(values)
-        try:
-            bound = site_bound(hyper, data, sites)
-        except NotPositiveDefiniteError:
-            bound = None
-        if bound is None or not np.isfinite(bound.value):  # outside the domain: a wall for the line search
-            worst = -best[0][0].value / n if best else 0.0
-            return abs(worst) * 10 + 1e3, np.zeros_like(values)
-        if not best or bound.value > best[0][0].value:
-            best[:] = [(bound, values.copy())]
-        callback(bound.value)
-        return -bound.value / n, -hyper.vector_gradient(bound.gradient) / n
-
     start = hyper.vector()
     if start.size == 0 or max_iter == 0:
-        return MStep(site_bound(hyper, data, sites), 1)
+        return evaluate()
+    best: list[tuple[E, np.ndarray]] = []
     reached = -np.inf
+
+    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        hyper.set_vector(values)
+        try:
+            found = evaluate()
+        except NotPositiveDefiniteError:
+            found = None
+        if found is None or not np.isfinite(found.value):  # outside the domain: a wall for the line search
+            worst = -best[0][0].value / n if best else 0.0
+            return abs(worst) * 10 + 1e3, np.zeros_like(values)
+        if not best or found.value > best[0][0].value:
+            best[:] = [(found, values.copy())]
+        callback(found.value)
+        return -found.value / n, -hyper.vector_gradient(found.gradient) / n
 
     def stop_when_flat(_: np.ndarray) -> None:  # scipy's own ftol is relative to |f|, which has y's units in it
         nonlocal reached
@@ -77,8 +78,8 @@ def m_step(
         reached = best[0][0].value
 
     options = {"maxiter": max_iter, "ftol": 0.0, "maxcor": 20}
-    box = hyper.trust_box(TRUST_RADIUS)
+    box = hyper.trust_box(radius)
     minimize(objective, start, jac=True, method="L-BFGS-B", bounds=box, callback=stop_when_flat, options=options)
-    bound, values = best[0]
+    found, values = best[0]
     hyper.set_vector(values)
-    return MStep(bound, evaluations)
+    return found

@@ -17,13 +17,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dualgp.errors import InputError, NotFittedError
+from dualgp.gp.memory import Rule
+from dualgp.gp.stream import BUFFERS
 from dualgp.kernels import describe
 
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
 
 FORMAT = "dualgp.DualGP"
-FORMAT_VERSION = 1
+GENERATOR = "generator_state"
+FORMAT_VERSION = 2
+KEYS = {
+    "kernel",
+    "likelihood",
+    "mean",
+    "num_outputs",
+    "jitter",
+    "num_inducing",
+    "inducing_given",
+    "memory",
+    "memory_rule",
+    "window",
+}
 
 
 def save(model: DualGP, path: str | PathLike[str]) -> None:
@@ -37,7 +52,13 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
         "mean": describe(model.mean),
         "num_outputs": model.num_outputs,
         "jitter": model.jitter,
+        "num_inducing": model.num_inducing,
+        "inducing_given": model._Z_given,
+        "memory": model.memory_size,
+        "memory_rule": model.memory_rule if isinstance(model.memory_rule, str) else None,
+        "window": model.window,
     }
+    tensors[GENERATOR] = model.generator.get_state().cpu()
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "config": json.dumps(config)}
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
@@ -50,19 +71,31 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
 
 
 def load(
-    cls: type[DualGP], path: str | PathLike[str], kernel: Kernel, likelihood: Likelihood, mean: Mean | None
+    cls: type[DualGP],
+    path: str | PathLike[str],
+    kernel: Kernel,
+    likelihood: Likelihood,
+    mean: Mean | None,
+    memory_rule: str | Rule | None,
 ) -> DualGP:
     """Read a model written by `save` into the modules given."""
     config, tensors = _read(path)
+    drawn = tensors.pop(GENERATOR, None)
+    memory_rule = config["memory_rule"] if memory_rule is None else memory_rule
+    if memory_rule is None:
+        raise InputError(
+            f"{path} was saved with a memory rule of your own, which files do not hold: give memory_rule=."
+        )
     given = {"kernel": describe(kernel), "likelihood": describe(likelihood), "mean": describe(mean)}
     for part, name in given.items():
         if config[part] != name:
             raise InputError(
                 f"{path} was saved with {part} {config[part]}, but {name} was given; give one of that kind."
             )
-    model = cls(kernel, likelihood, mean=mean, num_outputs=config["num_outputs"], jitter=config["jitter"])
+    same = {key: config[key] for key in ("num_outputs", "jitter", "num_inducing", "memory", "window")}
+    model = cls(kernel, likelihood, mean=mean, memory_rule=memory_rule, **same)
     expected = model.state_dict().keys() | {"inducing_points", "site_lam", "site_B"}
-    missing, extra = expected - tensors.keys(), tensors.keys() - expected - {"lam", "beta"}
+    missing, extra = expected - tensors.keys(), tensors.keys() - expected - {"lam", "beta", *BUFFERS}
     if missing or extra:
         raise InputError(
             f"{path} does not fit the modules given: it lacks {sorted(missing)} and has {sorted(extra)} besides. Build "
@@ -74,6 +107,9 @@ def load(
                 f"{path} has {name} of shape {tuple(tensors[name].shape)}, the modules given {tuple(value.shape)}."
             )
     model.load_state_dict(tensors)
+    model._Z_given = config["inducing_given"]
+    if drawn is not None:
+        model.generator.set_state(drawn)
     return model
 
 
@@ -94,7 +130,7 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
         )
     try:
         config = json.loads(metadata["config"])
-        missing = {"kernel", "likelihood", "mean", "num_outputs", "jitter"} - config.keys()
+        missing = KEYS - config.keys()
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path} has a damaged header: {error}.") from error
     if missing:

@@ -1,0 +1,282 @@
+"""A `DualGP` as a stream: its state as buffers of the module, and one batch after the other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from gpytorch.likelihoods import GaussianLikelihood
+from torch import Tensor
+
+from dualgp.basis import InducingBasis
+from dualgp.errors import InputError
+from dualgp.gp import update
+from dualgp.gp.data import Data
+from dualgp.gp.hybrid import Noise
+from dualgp.gp.hyper import Hyper
+from dualgp.gp.memory import Memory, choose
+from dualgp.gp.update import Settings, State
+from dualgp.inducing import greedy_variance
+from dualgp.posterior import Posterior
+from dualgp.sites import Site, Sites
+
+if TYPE_CHECKING:
+    from dualgp.gp.model import DualGP
+
+BUFFERS = (
+    "rest_lam",
+    "rest_B",
+    "memory_x",
+    "memory_y",
+    "memory_noise",
+    "memory_weights",
+    "memory_lam",
+    "memory_beta",
+    "memory_ids",
+    "memory_keys",
+    "noise_statistics",
+    "num_seen",
+)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """How a stream stands after a batch; printed, it is one line.
+
+    Attributes:
+        num_seen: data that came by so far.
+        num_inducing: M now.
+        num_memory: data in memory.
+        bound: E_q[log p] of batch and memory + E_q[log t_forgotten] − KL, in nats per datum of the two.
+        num_fitted: data of batch and memory.
+        passes: of the last E-step.
+        seconds: wall time.
+    """
+
+    num_seen: int
+    num_inducing: int
+    num_memory: int
+    bound: float
+    num_fitted: int
+    passes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"seen {self.num_seen}  M {self.num_inducing}  memory {self.num_memory}  "
+            f"bound {self.bound:+.4f}/datum  {1e3 * self.seconds:.0f} ms"
+        )
+
+
+def read(model: DualGP) -> State | None:
+    """Return the state of a model, or None before any data; all that was fitted at once is `rest`."""
+    if model.site_lam is None or model.site_B is None:
+        return None
+    q = model.posterior
+    state = _as_rest(model, q)
+    return (
+        state
+        if model.rest_lam is None or model.rest_B is None
+        else replace(state, rest=Site(model.rest_lam, model.rest_B))
+    )
+
+
+def _as_rest(model: DualGP, q: Posterior) -> State:
+    memory, noise = None, None
+    x, y, lam, beta = model.memory_x, model.memory_y, model.memory_lam, model.memory_beta
+    ids, keys = model.memory_ids, model.memory_keys
+    if not (x is None or y is None or lam is None or beta is None or ids is None or keys is None):
+        params = {} if model.memory_noise is None else {"noise": model.memory_noise}
+        data = Data(x, y, y.ndim == x.ndim, params, model.memory_weights)
+        memory = Memory(data, Sites(lam, beta, model.num_outputs is not None), ids, keys)
+    if model.noise_statistics is not None:
+        noise = Noise(*model.noise_statistics.tolist())
+    return State(q, q.site, memory, noise, int(model.num_seen or 0))
+
+
+def write(model: DualGP, state: State) -> None:
+    """Put a state into the buffers of a model; its modules hold the hyperparameters already."""
+    memory, noise = state.memory, state.noise
+    model.inducing_points = state.basis.inducing_points.clone()
+    model.site_lam, model.site_B = state.posterior.site.lam, state.posterior.site.B
+    model.rest_lam, model.rest_B = state.rest.lam, state.rest.B
+    model.lam = model.beta = None
+    for name in BUFFERS[2:10]:
+        setattr(model, name, None)
+    if memory is not None:
+        model.memory_x, model.memory_y = memory.data.x, memory.data.y
+        model.memory_noise, model.memory_weights = memory.data.params.get("noise"), memory.data.weights
+        model.memory_lam, model.memory_beta = memory.sites.lam, memory.sites.beta
+        model.memory_ids, model.memory_keys = memory.ids, memory.keys
+    set_noise(model, noise)
+    model.num_seen = torch.tensor(state.num_seen, device=state.rest.lam.device)
+    model._posterior = Posterior(model._basis(), state.posterior.site)
+
+
+def set_noise(model: DualGP, noise: Noise | None) -> None:
+    """Put the noise statistics into their buffer."""
+    assert model.site_lam is not None
+    device = model.site_lam.device
+    model.noise_statistics = None if noise is None else torch.tensor(noise, dtype=torch.float64, device=device)
+
+
+def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: bool) -> UpdateResult:
+    """Take a checked batch into the model; unchanged if this raises."""
+    start = time.perf_counter()
+    if len(data) == 0:
+        state = read(model)
+        held = 0 if state is None or state.memory is None else len(state.memory)
+        size = 0 if state is None else state.basis.num_inducing
+        return UpdateResult(int(model.num_seen or 0), size, held, float("nan"), 0, 0, 0.0)
+    state = read(model) or _begin(model, data)
+    if data.x.dtype != state.basis.dtype or data.x.device != state.basis.device:
+        raise InputError(
+            f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
+            f"{data.x.device}; use X.to(...)."
+        )
+    hyper = Hyper(
+        model.kernel,
+        model.mean,
+        model.likelihood,
+        state.basis.inducing_points,
+        dtype=data.x.dtype,
+        num_outputs=model.num_outputs,
+        jitter=model.jitter,
+        learn_inducing=False,
+        learn_hyperparameters=learn_hyperparameters,
+    )
+    n, outputs = len(data), () if model.num_outputs is None else (model.num_outputs,)
+    zero = torch.zeros(*data.x.shape[:-1], *outputs, dtype=torch.float64, device=data.x.device)
+    ids = torch.arange(state.num_seen, state.num_seen + n, device=data.x.device)
+    draw = model.generator.get_state()
+    keys = torch.rand(n, generator=model.generator, dtype=torch.float64, device=model.generator.device)
+    batch = Memory(data, Sites(zero, zero, bool(outputs)), ids, keys.to(data.x.device))
+    try:
+        state, found = update.step(state, hyper, batch, settings)
+    except BaseException:
+        model.generator.set_state(draw)
+        raise
+    model._take_hyperparameters(hyper)
+    write(model, state)
+    return UpdateResult(
+        state.num_seen,
+        state.basis.num_inducing,
+        0 if state.memory is None else len(state.memory),
+        found.elbo / found.num_data,
+        found.num_data,
+        found.passes,
+        time.perf_counter() - start,
+    )
+
+
+def _begin(model: DualGP, data: Data) -> State:
+    """Return the prior, on the Z given or on one input, from which Z grows."""
+    Z = model.inducing_points
+    if Z is None:
+        first = data.x.reshape(-1, *data.x.shape[-2:])[0]
+        Z = data.x[..., greedy_variance(model.kernel, first, 1), :]
+    elif Z.shape[-1] != data.x.shape[-1] or Z.device != data.x.device:
+        raise InputError(
+            f"inducing_points have {Z.shape[-1]} columns on {Z.device}, X has {data.x.shape[-1]} on {data.x.device}; "
+            "they must agree (move the model with .to)."
+        )
+    basis = model._basis_at(Z.to(data.x.dtype))
+    q = Posterior(basis)
+    return State(q, q.site, None, noise_of(model), 0)
+
+
+def noise_of(model: DualGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
+    """Return the statistics that keep a learned noise variance learnable; None for other likelihoods."""
+    likelihood = model.likelihood
+    if type(likelihood) is not GaussianLikelihood or likelihood.noise.numel() != 1:
+        return None
+    return Noise(float(likelihood.noise.detach()), num_data, power)
+
+
+def remember_fit(model: DualGP, data: Data, settings: Settings) -> None:
+    """Choose memory from the data of a fit, whose sites per datum are known."""
+    state = _state(model)
+    keys = torch.rand(len(data), generator=model.generator, dtype=torch.float64, device=model.generator.device)
+    ids = torch.arange(len(data), device=data.x.device)
+    everything = Memory(data, model.sites, ids, keys.to(data.x.device))
+    sites = model.lam, model.beta
+    with torch.no_grad():
+        rows = choose(
+            settings.rule, update.candidates(state.posterior, model.likelihood, everything), settings.capacity
+        )
+        memory = everything.rows(rows)
+        rest = state.rest - state.posterior.project(memory.data.x, memory.sites)
+    noise = state.noise
+    if noise is not None:
+        own = update.forget_into(Noise(noise.variance, 0.0, 0.0), state.basis, memory)
+        noise = noise._replace(num_data=noise.num_data - own.num_data, power=noise.power - own.power)
+    if settings.window:  # what is outside the window does not count
+        rest, noise = rest * 0.0, noise_of(model)
+        write(model, _rebuilt(replace(state, rest=rest, noise=noise), memory))
+        return
+    write(model, replace(state, rest=rest, memory=memory, noise=noise))
+    model.lam, model.beta = sites
+
+
+def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
+    """Read the model under hyperparameters set by hand: rest by form U, memory by form S."""
+    if model.rest_lam is None or model.rest_B is None:
+        state = replace(_as_rest(model, q), posterior=q.rebase(basis))
+        rest = state.posterior.site
+    else:
+        state = replace(_as_rest(model, q), rest=Site(model.rest_lam, model.rest_B))
+        rest = state.rest.pull_back(*q.basis.change_to(basis))
+    noise = state.noise
+    if noise is not None and (now := noise_of(model)) is not None:
+        power = noise.variance / now.variance
+        noise = Noise(now.variance, noise.num_data, noise.power * power)
+    write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise), state.memory))
+
+
+def forget(model: DualGP, ids: Tensor) -> None:
+    """Take data of memory out of the model, exactly."""
+    state = _state(model)
+    if state.memory is None:
+        raise InputError("Memory is empty: no datum's site is known one by one, so none can be taken out.")
+    wanted = torch.as_tensor(ids, device=state.rest.lam.device).reshape(-1).unique()
+    if wanted.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids must be integers, as in memory.ids; got {wanted.dtype}.")
+    memory = state.memory.without(state.memory.find(wanted))
+    write(model, _rebuilt(state, memory if len(memory) else None))
+
+
+def fade(model: DualGP, factor: float) -> None:
+    """Scale all sites: the likelihood of everything seen so far to the power `factor`."""
+    if not 0 <= factor <= 1:
+        raise InputError(f"factor must lie in [0, 1], got {factor}: 1 keeps all, 0 forgets all.")
+    state = _state(model)
+    memory, noise = state.memory, state.noise
+    if memory is not None:
+        data = replace(memory.data, weights=memory.data.all_weights() * factor)
+        memory = replace(memory, data=data, sites=memory.sites * factor)
+    if noise is not None:
+        noise = noise._replace(num_data=noise.num_data * factor, power=noise.power * factor)
+    write(model, _rebuilt(replace(state, rest=state.rest * factor, noise=noise), memory if factor > 0 else None))
+
+
+def move_inducing(model: DualGP, inducing_points: Tensor) -> None:
+    """Put Z elsewhere: `rest` is pulled back, memory expanded anew."""
+    state = _state(model)
+    with torch.no_grad():
+        write(model, update.move(state, state.basis.at(inducing_points.to(state.basis.inducing_points))))
+
+
+def _rebuilt(state: State, memory: Memory | None) -> State:
+    q = Posterior(state.basis, state.rest)
+    if memory is not None:
+        q = q.add(memory.data.x, memory.sites)
+    return replace(state, memory=memory, posterior=q)
+
+
+def _state(model: DualGP) -> State:
+    _ = model.posterior  # raises where there is none
+    state = read(model)
+    assert state is not None
+    return state

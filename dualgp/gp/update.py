@@ -1,0 +1,241 @@
+"""One step of a stream, on values: Z grows, sites are found, hyperparameters follow, memory is chosen, Z shrinks.
+
+The state is prior + rest + Σ sites of memory. `rest` is all that is forgotten, one site on u (form U); the data of a
+batch and of memory are sites per datum, expanded anew at every Z and θ (form S).
+
+1. `grow`: Z takes in those of the batch's inputs that it explains least. Nothing is lost by that.
+2. `learn`: sites of batch and memory, given `rest`; then hyperparameters on the hybrid bound; in turn.
+3. `remember`: memory is chosen from batch and memory; the sites of the others go into `rest`.
+4. `shrink`: Z gives up inputs, down to its limit, by what each costs the bound.
+
+Source: Chang et al. 2023, § 3, with the bound of `gp.hybrid`; Z by growing and shrinking is this package's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from gpytorch.likelihoods import Likelihood
+from torch import Tensor
+
+from dualgp.basis import Features, InducingBasis
+from dualgp.duals import dual_parameters
+from dualgp.gp.bound import conjugate_sites
+from dualgp.gp.data import Data
+from dualgp.gp.estep import EStep, Source, e_step
+from dualgp.gp.hybrid import Anchor, Noise, stream_bound
+from dualgp.gp.hyper import Hyper
+from dualgp.gp.memory import Candidates, Memory, Rule, choose
+from dualgp.gp.mstep import m_step
+from dualgp.inducing import cheapest_to_drop, greedy_variance
+from dualgp.kernels import kernel_diagonal
+from dualgp.posterior import Posterior
+from dualgp.sites import Site, Sites
+
+M_ITERATIONS = 10
+TRUST_RADIUS = 1.0  # of the logarithm of a positive hyperparameter, per batch
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a stream knows: posterior = prior + rest + sites of memory.
+
+    Attributes:
+        posterior: all of it.
+        rest: the site on w of what is forgotten.
+        memory: the data that are not; None before there were any.
+        noise: of a Gaussian likelihood, what `rest` says of the noise.
+        num_seen: how many data came by.
+    """
+
+    posterior: Posterior
+    rest: Site
+    memory: Memory | None
+    noise: Noise | None
+    num_seen: int
+
+    @property
+    def basis(self) -> InducingBasis:
+        """The coordinates of posterior and rest."""
+        return self.posterior.basis
+
+
+class Settings(NamedTuple):
+    """How a stream goes on; see `DualGP` and `DualGP.update`."""
+
+    max_inducing: int  # M
+    capacity: int  # of memory
+    rule: Rule
+    move_inducing: bool = True
+    window: bool = False  # what leaves memory is taken out
+    tol: float = 1e-4  # nats per datum
+    tol_growth: float = 1e-3  # nats per datum
+
+
+@torch.no_grad()
+def step(state: State, hyper: Hyper, batch: Memory, settings: Settings) -> tuple[State, EStep]:
+    """Return the state after a batch (its sites are ignored), and the last E-step. `hyper` is changed in place."""
+    if settings.move_inducing:
+        room = settings.max_inducing - state.basis.num_inducing + math.ceil(settings.max_inducing / 2)
+        state = grow(state, hyper, batch.data, room, settings.tol_growth)
+        hyper.set_inducing(state.basis.inducing_points)
+    data, start = batch.data, None
+    if state.memory is not None:
+        data = Data.cat([state.memory.data, data])
+        start = Sites.cat([state.memory.sites, batch.sites])
+    found = find_sites(state, hyper, data, start, 0.1 * settings.tol)
+    assert found.sites is not None
+    if hyper.trained():  # one round per batch: the stream itself is the iteration
+        state = learn_hyperparameters(state, hyper, data, found.sites, settings)
+        found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+    assert found.sites is not None
+    all_of_it = Memory(data, found.sites, *_joined(state.memory, batch))
+    state = State(found.posterior, state.rest, all_of_it, state.noise, state.num_seen + len(batch))
+    if settings.move_inducing:
+        smaller = shrink(state, settings.max_inducing)
+        if smaller is not state:  # the data at hand make up for what Z lost
+            state = smaller
+            hyper.set_inducing(state.basis.inducing_points)
+            found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+            assert found.sites is not None
+            all_of_it = replace(all_of_it, sites=found.sites)
+            state = replace(state, posterior=found.posterior)
+    return remember(state, all_of_it, hyper.likelihood, settings), found
+
+
+def _joined(old: Memory | None, batch: Memory) -> tuple[Tensor, Tensor]:
+    if old is None:
+        return batch.ids, batch.keys
+    return torch.cat([old.ids, batch.ids]), torch.cat([old.keys, batch.keys])
+
+
+def move(state: State, basis: InducingBasis) -> State:
+    """Return the state at another Z (same hyperparameters): rest pulled back, memory expanded anew."""
+    A, shift = state.basis.change_to(basis)
+    rest = state.rest.pull_back(A, shift)
+    noise = state.noise
+    if noise is not None:  # what Z does not hold of u any more is spread that the data did not explain
+        lost = (state.rest.B * (torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) - A @ A.mT)).sum()
+        noise = noise._replace(power=noise.power + float(lost))
+    return State(_posterior(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
+
+
+def grow(state: State, hyper: Hyper, data: Data, room: int, tol: float) -> State:
+    """Return the state with up to `room` of the inputs taken into Z, those of greatest conditional variance r.
+
+    Args:
+        state: as it is.
+        hyper: for the likelihood, which says how much variance matters.
+        data: where Z may go.
+        room: how many, at most.
+        tol: inputs that would cost less than this, ½ β r nats at the greatest β of the data, are not taken.
+    """
+    basis = state.basis
+    room = min(room, len(data))
+    if room < 1:
+        return state
+    x = data.x.reshape(-1, *data.x.shape[-2:])[0]
+    Z = basis.inducing_points.reshape(-1, *basis.inducing_points.shape[-2:])[0]
+    m, v = state.posterior.predict(data.x)
+    beta = dual_parameters(hyper.likelihood, data.y, m, v, **data.params).beta.max()
+    largest = kernel_diagonal(basis.kernel, x).max()
+    enough = float(2.0 * tol / (beta * largest).clamp_min(1e-300))
+    rows = greedy_variance(basis.kernel, x, room, given=Z, tol=max(1e-10, enough))
+    if not len(rows):
+        return state
+    return move(state, basis.at(torch.cat([basis.inducing_points, data.x[..., rows, :].to(basis.dtype)], -2)))
+
+
+def shrink(state: State, size: int) -> State:
+    """Return the state with Z cut down to `size` inputs at most, dropping those that cost the bound least."""
+    basis = state.basis
+    if basis.num_inducing <= size:
+        return state
+    keep = cheapest_to_drop(basis.L_inv, state.posterior.site.B, size)
+    return move(state, basis.at(basis.inducing_points[..., keep, :]))
+
+
+def find_sites(state: State, hyper: Hyper, data: Data, start: Sites | None, tol: float) -> EStep:
+    """Return the E-step on `data`, beside what is forgotten; `start` are their sites so far."""
+    begin = None
+    if start is not None:
+        begin = Posterior(state.basis, state.rest).add(data.x, start), start
+    return e_step(Source(state.basis, data), hyper.likelihood, begin, base=state.rest, tol=tol)
+
+
+class _Evaluation(NamedTuple):
+    value: float
+    gradient: list[Tensor]
+
+
+def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, settings: Settings) -> State:
+    """Move hyperparameters by an M-step on the hybrid bound; return prior + rest there (without memory).
+
+    `hyper` is changed in place; its Z is the state's. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
+    """
+    anchor = Anchor.of(state.basis, state.rest, state.noise)
+    parameters = hyper.trained()
+
+    def evaluate() -> _Evaluation:
+        own = conjugate_sites(hyper, data)
+        with torch.enable_grad():
+            value = stream_bound(hyper, data, sites if own is None else own, anchor)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return _Evaluation(float(value.detach()), gradient)
+
+    m_step(hyper, evaluate, max(1, data.count), max_iter=M_ITERATIONS, tol=0.1 * settings.tol, radius=TRUST_RADIUS)
+    hyper.round()
+    with torch.no_grad():
+        basis = hyper.basis()
+        rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
+    noise = state.noise
+    if noise is not None:
+        now = float(hyper.likelihood.noise.sum())
+        noise = Noise(now, noise.num_data, noise.power * noise.variance / now)
+    return State(Posterior(basis, rest), rest, state.memory, noise, state.num_seen)
+
+
+def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settings) -> State:
+    """Return the state with memory chosen from `new` (batch and memory, sites found); the others go into rest."""
+    basis = state.basis
+    keep = torch.arange(0, device=new.ids.device)
+    if settings.capacity > 0:
+        keep = choose(settings.rule, candidates(state.posterior, likelihood, new), settings.capacity)
+    gone = new.without(keep)
+    rest, noise = state.rest, state.noise
+    if len(gone) and not settings.window:
+        rest = rest + state.posterior.project(gone.data.x, gone.sites)
+        if noise is not None:
+            noise = forget_into(noise, basis, gone)
+    memory = new.rows(keep) if len(keep) else None
+    return State(_posterior(basis, rest, memory), rest, memory, noise, state.num_seen)
+
+
+def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
+    """Return what a rule may look at: α, β and v at the present posterior."""
+    x = of.data.x
+    m, v = q.predict(x)
+    duals = dual_parameters(likelihood, of.data.y, m, v, **of.data.params)
+    multi = of.sites.multi_output
+    return Candidates(x, of.data.y, duals.alpha, duals.beta, v.double(), of.ids, of.keys, multi)
+
+
+def forget_into(noise: Noise, basis: InducingBasis, gone: Memory) -> Noise:
+    """Return the noise statistics with some data's added: Σ β((y − μ)² + r)."""
+    lam, beta = gone.sites.by_latent()
+    power = sum(_power(lam[..., rows], beta[..., rows], features) for rows, features in basis.blocks(gone.data.x))
+    num_data = float(gone.data.all_weights().sum()) * lam.numel() / max(1, len(gone))
+    return Noise(noise.variance, noise.num_data + num_data, noise.power + float(power))
+
+
+def _power(lam: Tensor, beta: Tensor, features: Features) -> float:
+    return float((beta * ((lam / beta - features.prior_mean).square() + features.residual)).sum())
+
+
+def _posterior(basis: InducingBasis, rest: Site, memory: Memory | None) -> Posterior:
+    q = Posterior(basis, rest)
+    return q if memory is None else q.add(memory.data.x, memory.sites)
