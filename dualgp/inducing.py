@@ -68,11 +68,11 @@ def greedy_variance(
         residual = (residual - factor[k].square()).clamp_min_(0)
         residual[pivot] = 0.0
         chosen.append(pivot)
-    return torch.tensor(chosen, device=x.device)
+    return torch.tensor(chosen, dtype=torch.int64, device=x.device)
 
 
 @torch.no_grad()
-def cheapest_to_drop(L_inv: Float[Tensor, "*b m m"], B: Float[Tensor, "*b m m"], size: int) -> Int[Tensor, "k"]:
+def cheapest_to_drop(L_inv: Float[Tensor, "*a m m"], B: Float[Tensor, "*b m m"], size: int) -> Int[Tensor, "k"]:
     """Return the rows of Z to keep: at most `size`, dropped one by one by what each costs the bound.
 
     Without u_j, what a site with precision B on w says of it is lost: with Q = K_zz⁻¹ and B_u = L⁻ᵀBL⁻¹,

@@ -28,6 +28,7 @@ from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Memory, Rule, check_rule
 from dualgp.gp.minibatch import Batches, TensorBatches
 from dualgp.gp.progress import Progress
+from dualgp.gp.start import workable_kernel
 from dualgp.gp.stop import Stop
 from dualgp.gp.stream import UpdateResult
 from dualgp.gp.update import Settings
@@ -486,9 +487,12 @@ class DualGP(nn.Module):
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing
-        Z = initial_inducing_points(self.kernel, self.inducing_points, held, self.num_inducing, data)
+        kernel = self.kernel
+        if learn_hyperparameters:
+            kernel = workable_kernel(kernel, self.mean, self.likelihood, data, self.num_outputs)
+        Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
         return Hyper(
-            self.kernel,
+            kernel,
             self.mean,
             self.likelihood,
             Z,

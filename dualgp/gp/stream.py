@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
 
@@ -17,9 +18,11 @@ from dualgp.gp.data import Data
 from dualgp.gp.hybrid import Noise
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Memory, choose
+from dualgp.gp.start import workable_kernel
 from dualgp.gp.update import Settings, State
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
+from dualgp.predictive import log_predictive
 from dualgp.sites import Site, Sites
 
 if TYPE_CHECKING:
@@ -49,8 +52,7 @@ class UpdateResult:
         num_seen: data that came by so far.
         num_inducing: M now.
         num_memory: data in memory.
-        bound: E_q[log p] of batch and memory + E_q[log t_forgotten] − KL, in nats per datum of the two.
-        num_fitted: data of batch and memory.
+        nlpd: of the batch before it was taken in, nats per datum: how well the stream foretold it.
         passes: of the last E-step.
         seconds: wall time.
     """
@@ -58,15 +60,14 @@ class UpdateResult:
     num_seen: int
     num_inducing: int
     num_memory: int
-    bound: float
-    num_fitted: int
+    nlpd: float
     passes: int
     seconds: float
 
     def __str__(self) -> str:
         return (
             f"seen {self.num_seen}  M {self.num_inducing}  memory {self.num_memory}  "
-            f"bound {self.bound:+.4f}/datum  {1e3 * self.seconds:.0f} ms"
+            f"NLPD before {self.nlpd:.4f}  {1e3 * self.seconds:.0f} ms"
         )
 
 
@@ -129,15 +130,19 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         state = read(model)
         held = 0 if state is None or state.memory is None else len(state.memory)
         size = 0 if state is None else state.basis.num_inducing
-        return UpdateResult(int(model.num_seen or 0), size, held, float("nan"), 0, 0, 0.0)
-    state = read(model) or _begin(model, data)
+        return UpdateResult(int(model.num_seen or 0), size, held, float("nan"), 0, 0.0)
+    state, kernel = read(model), model.kernel
+    if state is None:
+        if learn_hyperparameters:
+            kernel = workable_kernel(kernel, model.mean, model.likelihood, data, model.num_outputs)
+        state = _begin(model, kernel, data)
     if data.x.dtype != state.basis.dtype or data.x.device != state.basis.device:
         raise InputError(
             f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
             f"{data.x.device}; use X.to(...)."
         )
     hyper = Hyper(
-        model.kernel,
+        kernel,
         model.mean,
         model.likelihood,
         state.basis.inducing_points,
@@ -154,6 +159,9 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     keys = torch.rand(n, generator=model.generator, dtype=torch.float64, device=model.generator.device)
     batch = Memory(data, Sites(zero, zero, bool(outputs)), ids, keys.to(data.x.device))
     try:
+        with torch.no_grad():
+            q = state.posterior.predict(data.x)
+            foretold = -float(log_predictive(model.likelihood, data.y, *q, **data.params).mean())
         state, found = update.step(state, hyper, batch, settings)
     except BaseException:
         model.generator.set_state(draw)
@@ -164,25 +172,25 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         state.num_seen,
         state.basis.num_inducing,
         0 if state.memory is None else len(state.memory),
-        found.elbo / found.num_data,
-        found.num_data,
+        foretold,
         found.passes,
         time.perf_counter() - start,
     )
 
 
-def _begin(model: DualGP, data: Data) -> State:
+def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
     """Return the prior, on the Z given or on one input, from which Z grows."""
     Z = model.inducing_points
     if Z is None:
         first = data.x.reshape(-1, *data.x.shape[-2:])[0]
-        Z = data.x[..., greedy_variance(model.kernel, first, 1), :]
+        Z = data.x[..., greedy_variance(kernel, first, 1), :]
     elif Z.shape[-1] != data.x.shape[-1] or Z.device != data.x.device:
         raise InputError(
             f"inducing_points have {Z.shape[-1]} columns on {Z.device}, X has {data.x.shape[-1]} on {data.x.device}; "
             "they must agree (move the model with .to)."
         )
-    basis = model._basis_at(Z.to(data.x.dtype))
+    Z = Z.to(data.x.dtype)
+    basis = InducingBasis(kernel, Z, model.mean, num_outputs=model.num_outputs, jitter=model.jitter)
     q = Posterior(basis)
     return State(q, q.site, None, noise_of(model), 0)
 

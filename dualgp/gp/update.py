@@ -80,7 +80,7 @@ def step(state: State, hyper: Hyper, batch: Memory, settings: Settings) -> tuple
     """Return the state after a batch (its sites are ignored), and the last E-step. `hyper` is changed in place."""
     if settings.move_inducing:
         room = settings.max_inducing - state.basis.num_inducing + math.ceil(settings.max_inducing / 2)
-        state = grow(state, hyper, batch.data, room, settings.tol_growth)
+        state = grow(state, hyper.likelihood, batch.data, room, settings.tol_growth)
         hyper.set_inducing(state.basis.inducing_points)
     data, start = batch.data, None
     if state.memory is not None:
@@ -123,12 +123,12 @@ def move(state: State, basis: InducingBasis) -> State:
     return State(_posterior(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
 
 
-def grow(state: State, hyper: Hyper, data: Data, room: int, tol: float) -> State:
+def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float) -> State:
     """Return the state with up to `room` of the inputs taken into Z, those of greatest conditional variance r.
 
     Args:
         state: as it is.
-        hyper: for the likelihood, which says how much variance matters.
+        likelihood: says how much variance matters.
         data: where Z may go.
         room: how many, at most.
         tol: inputs that would cost less than this, ½ β r nats at the greatest β of the data, are not taken.
@@ -140,7 +140,7 @@ def grow(state: State, hyper: Hyper, data: Data, room: int, tol: float) -> State
     x = data.x.reshape(-1, *data.x.shape[-2:])[0]
     Z = basis.inducing_points.reshape(-1, *basis.inducing_points.shape[-2:])[0]
     m, v = state.posterior.predict(data.x)
-    beta = dual_parameters(hyper.likelihood, data.y, m, v, **data.params).beta.max()
+    beta = dual_parameters(likelihood, data.y, m, v, **data.params).beta.max()
     largest = kernel_diagonal(basis.kernel, x).max()
     enough = float(2.0 * tol / (beta * largest).clamp_min(1e-300))
     rows = greedy_variance(basis.kernel, x, room, given=Z, tol=max(1e-10, enough))
@@ -194,7 +194,7 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
         rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
     noise = state.noise
     if noise is not None:
-        now = float(hyper.likelihood.noise.sum())
+        now = float(hyper.likelihood.noise.detach().sum())
         noise = Noise(now, noise.num_data, noise.power * noise.variance / now)
     return State(Posterior(basis, rest), rest, state.memory, noise, state.num_seen)
 
