@@ -7,6 +7,7 @@ sets a title, a label or a global parameter: those are the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from dualgp.errors import InputError
+from dualgp.gp.memory import Memory
 from dualgp.gp.model import DualGP
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
@@ -51,7 +53,7 @@ def plot_posterior_1d(
         label: of the line, in a legend.
 
     Raises:
-        InputError: if the model has several outputs or the inputs several columns.
+        InputError: if the model has several outputs, the inputs several columns, or the data another shape.
         NotFittedError: if a `DualGP` has not been fitted.
 
     Example:
@@ -80,7 +82,8 @@ def plot_posterior_1d(
         ax.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0),
     ]
     if data is not None:
-        artists.append(ax.scatter(_array(data[0][:, 0]), _array(data[1]), s=9, color=BLACK, alpha=0.6, label="data"))
+        X, y = _data(data, 1)
+        artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.6, label="data"))
     if inducing:
         Z = _array(q.basis.inducing_points[:, 0])
         ticks = Line2D(Z, np.full(len(Z), 0.02), linestyle="", marker="|", color=GREEN, label="inducing inputs Z")
@@ -123,7 +126,7 @@ def plot_sites(
         raise InputError(f'quantity must be "beta", "lam", or "alpha" with mean=, got {quantity!r}.')
     values = sites.alpha(mean) if quantity == "alpha" and mean is not None else getattr(sites, quantity)
     at, height, beta = _array(x.reshape(-1)), _array(values), _array(sites.beta)
-    area = 4.0 + 36.0 * np.abs(beta) / max(np.abs(beta).max(initial=0.0), 1e-300)
+    area = _area(beta)
     artists: list[Artist] = [ax.axhline(0.0, color=BLACK, linewidth=0.6)]
     for rows, marker, color, label in ((beta >= 0, "o", BLUE, "β ≥ 0"), (beta < 0, "D", VERMILION, "β < 0")):
         if rows.any():
@@ -155,7 +158,8 @@ def plot_decision_2d(
         resolution: points along each side of the grid.
 
     Raises:
-        InputError: if the model does not have two inputs, or its predictions are not Bernoulli.
+        InputError: if the model does not have two inputs, its predictions are not Bernoulli, or the data have another
+            shape.
         NotFittedError: if the model has not been fitted.
 
     Example:
@@ -184,16 +188,143 @@ def plot_decision_2d(
         ax.contour(a, b, field, levels=[0.5], colors=BLACK),
     ]
     if data is not None:
-        X, y = _array(data[0]), _array(data[1])
-        for label, marker, color in ((1, "o", BLUE), (0, "^", VERMILION)):
-            rows = y == label
-            dots = ax.scatter(X[rows, 0], X[rows, 1], s=22, marker=marker, color=color, label=classes[label])
-            dots.set(edgecolor="white", linewidth=0.4)
-            artists.append(dots)
+        artists += _by_class(ax, *_data(data, 2), classes, s=22.0, edgecolors="white", linewidths=0.4)
     if inducing:
         artists += ax.plot(*_array(Z).T, "+", color=BLACK, markersize=7, label="inducing inputs Z")
     ax.set(xlim=bounds[:2], ylim=bounds[2:])
     return artists
+
+
+def plot_stream_1d(
+    ax: Axes,
+    gp: DualGP,
+    x: Tensor,
+    *,
+    past: tuple[Tensor, Tensor] | None = None,
+    link: Callable[[Tensor], Tensor] | None = None,
+    label: str | None = "mean ± 2 sd",
+) -> list[Artist]:
+    """Draw how a stream stands, over x; return the line, the band and Z as `plot_posterior_1d`, then past and memory.
+
+    The area of a datum of memory grows with its leverage |β|·v, relative to the greatest.
+
+    Args:
+        ax: where to draw.
+        gp: a stream with one input and one output.
+        x: inputs [T, 1], in increasing order.
+        past: (X [n, 1], y [n]) that came by, to draw faintly beneath the memory.
+        link: increasing function of f to draw instead, as in `plot_posterior_1d`.
+        label: of the line, in a legend.
+
+    Raises:
+        InputError: if the model has several outputs, the inputs several columns, or the past another shape.
+        NotFittedError: before the first batch.
+
+    Example:
+        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> x = torch.linspace(0, 6, 60).unsqueeze(-1)
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood(), num_inducing=6)
+        >>> result = gp.update_all((b, b.sin().squeeze(-1)) for b in x.split(20))
+        >>> fig, ax = plt.subplots()
+        >>> *_, past, memory = plot_stream_1d(ax, gp, x, past=(x, x.sin().squeeze(-1)))
+        >>> len(past.get_offsets()), len(memory.get_offsets())
+        (60, 6)
+        >>> plt.close(fig)
+    """
+    artists = plot_posterior_1d(ax, gp, x, link=link, label=label)
+    if past is not None:
+        X, y = _data(past, 1)
+        artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.2, linewidths=0, label="past"))
+    if (memory := gp.memory) is not None:
+        X, y = _data((memory.data.x, memory.data.y), 1)
+        dots = ax.scatter(X[:, 0], y, s=_area(_leverage(gp, memory)), color=VERMILION, zorder=2.5, label="memory")
+        dots.set(edgecolor=BLACK, linewidth=0.5)
+        artists.append(dots)
+    return artists
+
+
+def plot_stream_2d(
+    ax: Axes,
+    gp: DualGP,
+    bounds: Sequence[float | int],
+    *,
+    past: tuple[Tensor, Tensor] | None = None,
+    classes: tuple[str, str] = ("y = 0", "y = 1"),
+    resolution: int = 80,
+) -> list[Artist]:
+    """Draw how a binary stream of two inputs stands; return what `plot_decision_2d` does, then past and memory.
+
+    Past and memory are two scatters each: y = 1 as circles, then y = 0 as triangles. The area of a datum of memory
+    grows with its leverage |β|·v, relative to the greatest.
+
+    Args:
+        ax: where to draw; its limits become `bounds`.
+        gp: a stream with a Bernoulli likelihood.
+        bounds: (x₁ from, x₁ to, x₂ from, x₂ to).
+        past: (X [n, 2], y [n]) that came by, to draw faintly beneath the memory.
+        classes: names of the two classes, in a legend.
+        resolution: points along each side of the grid.
+
+    Raises:
+        InputError: if the model does not have two inputs, its predictions are not Bernoulli, or the past has another
+            shape.
+        NotFittedError: before the first batch.
+
+    Example:
+        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> X = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> y = torch.tensor([0, 0, 1, 1])
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood(), memory=3)
+        >>> result = gp.update(X, y, learn_hyperparameters=False)
+        >>> fig, ax = plt.subplots()
+        >>> *_, ones, zeros = plot_stream_2d(ax, gp, (-1, 2, -1, 2), resolution=9)
+        >>> len(ones.get_offsets()) + len(zeros.get_offsets())
+        3
+        >>> plt.close(fig)
+    """
+    artists = plot_decision_2d(ax, gp, bounds, resolution=resolution)
+    if past is not None:
+        names = f"{classes[0]}, past", f"{classes[1]}, past"
+        artists += _by_class(ax, *_data(past, 2), names, s=10.0, alpha=0.5, linewidths=0)
+    if (memory := gp.memory) is not None:
+        names = f"{classes[0]}, memory", f"{classes[1]}, memory"
+        area = _area(_leverage(gp, memory))
+        data = _data((memory.data.x, memory.data.y), 2)
+        artists += _by_class(ax, *data, names, s=area, edgecolors=BLACK, linewidths=0.7)
+    return artists
+
+
+def _by_class(
+    ax: Axes, X: np.ndarray, y: np.ndarray, classes: tuple[str, str], *, s: float | np.ndarray, **style: Any
+) -> list[Artist]:
+    """Return a scatter of y = 1 and one of y = 0, with marker areas s."""
+    area = np.broadcast_to(s, y.shape)
+    dots: list[Artist] = []
+    for label, marker, color in ((1, "o", BLUE), (0, "^", VERMILION)):
+        at = y == label
+        dots.append(
+            ax.scatter(X[at, 0], X[at, 1], s=area[at], marker=marker, color=color, label=classes[label], **style)
+        )
+    return dots
+
+
+def _leverage(gp: DualGP, memory: Memory) -> np.ndarray:
+    return _array(memory.sites.beta * gp.predict(memory.data.x)[1])
+
+
+def _area(values: np.ndarray) -> np.ndarray:
+    """Return areas of markers, from 4 to 40 square points, that grow with |values|."""
+    size = np.abs(values)
+    return 4.0 + 36.0 * size / max(size.max(initial=0.0), 1e-300)
+
+
+def _data(data: tuple[Tensor, Tensor], columns: int) -> tuple[np.ndarray, np.ndarray]:
+    X, y = data
+    if X.ndim != 2 or X.shape[-1] != columns or y.shape != X.shape[:1]:
+        raise InputError(
+            f"Data to draw are a pair (X [n, {columns}], y [n]), got X {tuple(X.shape)} and y {tuple(y.shape)}."
+        )
+    return _array(X), _array(y)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -97,8 +97,11 @@ def _as_rest(model: DualGP, q: Posterior) -> State:
     return State(q, q.site, memory, noise, int(model.num_seen or 0))
 
 
-def write(model: DualGP, state: State) -> None:
-    """Put a state into the buffers of a model; its modules hold the hyperparameters already."""
+def write(model: DualGP, state: State, *, owned: bool = False) -> None:
+    """Put a state into the buffers of a model; its modules hold the hyperparameters already.
+
+    `owned` says that nobody else changes the modules of the state's basis, so that it need not be built anew.
+    """
     memory, noise = state.memory, state.noise
     model.inducing_points = state.basis.inducing_points.clone()
     model.site_lam, model.site_B = state.posterior.site.lam, state.posterior.site.B
@@ -113,7 +116,7 @@ def write(model: DualGP, state: State) -> None:
         model.memory_ids, model.memory_keys = memory.ids, memory.keys
     set_noise(model, noise)
     model.num_seen = torch.tensor(state.num_seen, device=state.rest.lam.device)
-    model._posterior = Posterior(model._basis(), state.posterior.site)
+    model._posterior = state.posterior if owned else Posterior(model._basis(), state.posterior.site)
 
 
 def set_noise(model: DualGP, noise: Noise | None) -> None:
@@ -167,7 +170,7 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         model.generator.set_state(draw)
         raise
     model._take_hyperparameters(hyper)
-    write(model, state)
+    write(model, state, owned=not hyper.trained())
     return UpdateResult(
         state.num_seen,
         state.basis.num_inducing,

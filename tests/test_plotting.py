@@ -1,0 +1,245 @@
+"""What is drawn is where it is, as large as it should be, and nothing else is touched."""
+
+import gpytorch
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from gpytorch.likelihoods import BernoulliLikelihood, StudentTLikelihood
+from matplotlib.colors import to_rgba
+from toys import F64, gap, gaussian, line, matern, rbf, unchecked, waves
+
+from dualgp import DualGP, Posterior, Sites
+from dualgp.errors import InputError, NotFittedError
+from dualgp.plotting import (
+    BLUE,
+    VERMILION,
+    plot_decision_2d,
+    plot_posterior_1d,
+    plot_sites,
+    plot_stream_1d,
+    plot_stream_2d,
+)
+
+FIXED = {"learn_hyperparameters": False}
+BOUNDS = (-2.0, 1.0, -1.5, 2.5)
+
+
+@pytest.fixture
+def ax():
+    """Axes that are not the current ones; nothing that pyplot holds may change."""
+    fig, ax = plt.subplots()
+    other, current = plt.subplots()
+    before = dict(plt.rcParams), plt.get_fignums()
+    yield ax
+    assert (dict(plt.rcParams), plt.get_fignums()) == before
+    assert plt.gca() is current
+    assert not current.has_data()
+    assert ax.get_title() == ax.get_xlabel() == ax.get_ylabel() == ""
+    assert ax.get_legend() is None
+    plt.close(fig)
+    plt.close(other)
+
+
+def regression(likelihood=None, **options) -> tuple[DualGP, torch.Tensor, torch.Tensor]:
+    x = line(0, 6, 60)
+    y = x.sin().squeeze(-1) + 0.2 * (11 * x).cos().squeeze(-1)
+    gp = DualGP(matern(1.0, 1.0), gaussian() if likelihood is None else likelihood, num_inducing=7, **options)
+    gp.update_all(((b, b.sin().squeeze(-1) + 0.2 * (11 * b).cos().squeeze(-1)) for b in x.split(20)), **FIXED)
+    return gp, x, y
+
+
+def classification(**options) -> tuple[DualGP, torch.Tensor, torch.Tensor]:
+    x, f, _ = waves(60)
+    y = (f > 0).double()
+    gp = DualGP(matern(), BernoulliLikelihood(), num_inducing=9, **options)
+    gp.update_all(zip(x.split(20), y.split(20), strict=True), **FIXED)
+    return gp, x, y
+
+
+def offsets(*artists) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(a.get_offsets()) for a in artists]))
+
+
+def same_points(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return sorted(a.tolist()) == sorted(b.tolist())
+
+
+def assert_areas(sizes: np.ndarray, leverage: torch.Tensor) -> None:
+    """Areas grow with leverage: strictly, and in proportion above the least area."""
+    share = (leverage / leverage.max()).numpy()
+    np.testing.assert_allclose((sizes - 4.0) / 36.0, share, rtol=0, atol=1e-12)
+    assert len(set(sizes.tolist())) > 1
+
+
+# --- posteriors, sites, decisions ----------------------------------------------------------------
+
+
+def test_the_posterior_is_drawn_where_it_is(ax):
+    gp, x, y = regression()
+    curve, band, data, Z = plot_posterior_1d(ax, gp, x, data=(x, y))
+    mean, var = gp.predict(x)
+    assert gap(curve.get_ydata(), mean) == 0
+    edge = torch.from_numpy(band.get_paths()[0].vertices)
+    for side in (-2, 2):
+        wanted = torch.stack([x[:, 0], mean + side * var.sqrt()], -1)
+        assert torch.cdist(wanted, edge).min(-1).values.max() < 1e-6
+    assert gap(offsets(data), torch.stack([x[:, 0], y], -1)) == 0
+    assert gap(Z.get_xdata(), gp.inducing_points[:, 0]) == 0
+
+
+def test_a_link_bends_the_curves_and_an_idle_inducing_input_does_not_widen_the_axes(ax):
+    gp, x, _ = regression()
+    gp.move_inducing(torch.cat([gp.inducing_points, torch.tensor([[500.0]], dtype=F64)]))
+    curve, band, Z = plot_posterior_1d(ax, gp, x, link=torch.exp)
+    mean, var = gp.predict(x)
+    assert gap(curve.get_ydata(), mean.exp()) < 1e-12
+    assert gap(band.get_paths()[0].vertices[:, 1].max(), (mean + 2 * var.sqrt()).exp().max()) < 1e-6
+    assert ax.get_xlim()[1] < 10
+    assert Z.get_xdata().max() == 500
+
+
+def test_a_site_with_negative_precision_is_an_open_diamond_below_zero(ax):
+    sites = Sites(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, -0.5, 1.0]))
+    _, filled, hollow = plot_sites(ax, torch.tensor([0.0, 1.0, 2.0]), sites)
+    assert offsets(filled).tolist() == [[0, 2], [2, 1]]
+    assert offsets(hollow).tolist() == [[1, -0.5]]
+    assert filled.get_sizes().tolist() == [40, 22]
+    assert hollow.get_sizes().tolist() == [13]
+    assert len(hollow.get_facecolor()) == 0  # "none"
+    assert (filled.get_facecolor() == to_rgba(BLUE)).all()
+
+
+def test_alpha_is_drawn_at_the_means_given(ax):
+    sites = Sites(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0]))
+    _, dots = plot_sites(ax, torch.arange(2.0), sites, quantity="alpha", mean=torch.tensor([1.0, 3.0]))
+    assert offsets(dots)[:, 1].tolist() == [-1, -1]
+
+
+def test_the_field_is_the_probability_of_class_one_with_x1_to_the_right(ax):
+    gp, x, y = classification()
+    image, contour, ones, zeros, Z = plot_decision_2d(ax, gp, BOUNDS, data=(x, y), resolution=5)
+    a, b = torch.linspace(-2, 1, 5, dtype=F64), torch.linspace(-1.5, 2.5, 5, dtype=F64)
+    for row, column in ((0, 4), (3, 1)):
+        p = gp.predict_likelihood(torch.stack([a[column], b[row]]).unsqueeze(0)).probs
+        assert abs(image.get_array()[row, column] - p.item()) < 1e-6
+    assert tuple(image.get_extent()) == BOUNDS
+    assert contour.levels.tolist() == [0.5]
+    assert same_points(offsets(ones), x[y == 1])
+    assert same_points(offsets(zeros), x[y == 0])
+    assert gap(np.stack(Z.get_data(), -1), gp.inducing_points) == 0
+    assert (*ax.get_xlim(), *ax.get_ylim()) == BOUNDS
+
+
+# --- streams ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_shows_memory_at_its_data_as_large_as_its_leverage(ax):
+    gp, x, y = regression(memory=8)
+    *_, Z, past, memory = plot_stream_1d(ax, gp, x, past=(x, y))
+    ids = gp.memory.ids
+    assert len(ids) == 8
+    assert gap(offsets(memory), torch.stack([x[ids, 0], y[ids]], -1)) == 0
+    assert_areas(memory.get_sizes(), gp.predict(x[ids])[1] / 0.09)
+    assert gap(offsets(past), torch.stack([x[:, 0], y], -1)) == 0
+    assert gap(Z.get_xdata(), gp.inducing_points[:, 0]) == 0
+    assert past.get_alpha() < 0.5
+    assert past.get_zorder() < memory.get_zorder()
+
+
+def test_a_stream_is_its_posterior_under_the_link_given(ax):
+    gp, x, _ = regression()
+    curve, *_ = plot_stream_1d(ax, gp, x, link=torch.exp, label="rate")
+    assert gap(curve.get_ydata(), gp.predict(x)[0].exp()) < 1e-12
+    assert curve.get_label() == "rate"
+
+
+def test_negative_precision_in_memory_has_an_area_too(ax):
+    gp, x, y = regression(StudentTLikelihood().double(), memory=61)
+    gp.update(x[:1], y[:1] + 30.0, **FIXED)  # far out
+    leverage = gp.memory.sites.beta * gp.predict(gp.memory.data.x)[1]
+    assert leverage.min() < 0
+    assert_areas(plot_stream_1d(ax, gp, x)[-1].get_sizes(), leverage.abs())
+
+
+def test_a_binary_stream_shows_memory_by_class(ax):
+    gp, x, y = classification(memory=12)
+    *_, Z, past_ones, past_zeros, ones, zeros = plot_stream_2d(ax, gp, BOUNDS, past=(x, y), classes=("no", "yes"))
+    ids = gp.memory.ids
+    here, label = x[ids], y[ids]
+    leverage = gp.memory.sites.beta * gp.predict(here)[1]
+    for dots, of_past, k, color in ((ones, past_ones, 1, BLUE), (zeros, past_zeros, 0, VERMILION)):
+        assert gap(offsets(dots), here[label == k]) == 0
+        assert gap(offsets(of_past), x[y == k]) == 0
+        assert (dots.get_facecolor() == to_rgba(color)).all()
+    sizes = np.empty(12)
+    sizes[label.numpy() == 1], sizes[label.numpy() == 0] = ones.get_sizes(), zeros.get_sizes()
+    assert_areas(sizes, leverage)
+    assert [d.get_label() for d in (past_ones, past_zeros, ones, zeros)] == [
+        "yes, past",
+        "no, past",
+        "yes, memory",
+        "no, memory",
+    ]
+    assert gap(np.stack(Z.get_data(), -1), gp.inducing_points) == 0
+    assert (*ax.get_xlim(), *ax.get_ylim()) == BOUNDS
+
+
+def test_without_memory_none_is_drawn(ax):
+    gp, x, _ = regression(memory=0)
+    assert len(plot_stream_1d(ax, gp, x)) == 3
+    gp, *_ = classification(memory=0)
+    assert len(plot_stream_2d(ax, gp, BOUNDS, resolution=5)) == 3
+
+
+def test_drawing_changes_no_model(ax):
+    gp, x, y = regression(memory=8)
+    before = {name: value.clone() for name, value in gp.state_dict().items()}
+    plot_stream_1d(ax, gp, x, past=(x, y))
+    assert all(torch.equal(value, before[name]) for name, value in gp.state_dict().items())
+
+
+# --- what raises -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_drawn_raises_and_says_why(ax):
+    gp, x, y = regression(memory=4)
+    two, x2, y2 = classification(memory=4)
+    with unchecked():
+        for call, message in (
+            (lambda: plot_posterior_1d(ax, gp, x[:, 0]), r"shape \[T, 1\]"),
+            (lambda: plot_posterior_1d(ax, gp, x, data=(x, x)), r"y \[n\]"),
+            (lambda: plot_stream_1d(ax, gp, x2), r"shape \[T, 1\]"),
+            (lambda: plot_stream_1d(ax, gp, x, past=(x[:, 0], y)), r"X \[n, 1\]"),
+            (lambda: plot_stream_1d(ax, gp, x, past=(x, y[:3])), r"y \[n\]"),
+            (lambda: plot_stream_2d(ax, gp, BOUNDS), "two inputs"),
+            (lambda: plot_stream_2d(ax, two, BOUNDS, past=(x, y), resolution=5), r"X \[n, 2\]"),
+            (lambda: plot_decision_2d(ax, two, BOUNDS, data=(x2, x2), resolution=5), r"y \[n\]"),
+            (lambda: plot_sites(ax, x[:3], Sites(y, y)), "one x per site"),
+            (lambda: plot_sites(ax, x, Sites(y, y), quantity="alpha"), "mean="),
+            (lambda: plot_sites(ax, x, Sites(y, y), quantity="gamma"), "gamma"),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+
+
+def test_a_model_of_two_inputs_must_be_binary(ax):
+    x, f, _ = waves(20)
+    gp = DualGP(rbf(), gaussian(), num_inducing=5)
+    gp.update(x, f, **FIXED)
+    with pytest.raises(InputError, match="Bernoulli"):
+        plot_stream_2d(ax, gp, BOUNDS, resolution=3)
+
+
+def test_before_the_first_batch_there_is_nothing_to_draw(ax):
+    gp = DualGP(rbf(), gpytorch.likelihoods.BernoulliLikelihood())
+    with pytest.raises(NotFittedError):
+        plot_stream_1d(ax, gp, line(0, 1, 3))
+    with pytest.raises(NotFittedError):
+        plot_stream_2d(ax, gp, BOUNDS)
+
+
+def test_a_bare_posterior_is_drawn_too(ax):
+    gp, x, _ = regression()
+    curve, *_ = plot_posterior_1d(ax, Posterior(gp.posterior.basis, gp.posterior.site), x, inducing=False)
+    assert gap(curve.get_ydata(), gp.predict(x)[0]) == 0
