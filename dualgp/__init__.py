@@ -12,17 +12,22 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
 | new data, without refitting | q + t_new | `Posterior.add` |
-| unlearning, leave-one-out | q − tᵢ | `Posterior.remove` |
+| a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
+| fantasies | q · t(f(X)), in function space | `DualGP.condition` |
+| unlearning, leave-one-out | q − tᵢ | `Posterior.remove`, `DualGP.forget` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
-| tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale` |
+| tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
 from dualgp import errors, likelihoods
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
+from dualgp.gp.condition import Conditioned
 from dualgp.gp.fit import FitResult
+from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
+from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
@@ -31,13 +36,17 @@ from dualgp.sites import Site, Sites
 __version__ = "0.1.0"
 
 __all__ = [
+    "Candidates",
+    "Conditioned",
     "DualGP",
     "DualParameters",
     "FitResult",
     "InducingBasis",
+    "Memory",
     "Posterior",
     "Site",
     "Sites",
+    "UpdateResult",
     "dual_parameters",
     "errors",
     "expected_log_prob",

@@ -228,7 +228,7 @@ def plot_stream_1d(
         >>> fig, ax = plt.subplots()
         >>> *_, past, memory = plot_stream_1d(ax, gp, x, past=(x, x.sin().squeeze(-1)))
         >>> len(past.get_offsets()), len(memory.get_offsets())
-        (60, 6)
+        (60, 60)
         >>> plt.close(fig)
     """
     artists = plot_posterior_1d(ax, gp, x, link=link, label=label)

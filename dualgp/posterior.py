@@ -68,7 +68,7 @@ class Posterior:
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        self._check_inputs(x)
+        self.check_inputs(x)
         means, variances = [], []
         for _, features in self.basis.blocks(x):
             mean, var = self.marginals(features)
@@ -110,7 +110,7 @@ class Posterior:
 
     def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data."""
-        self._check_inputs(x)
+        self.check_inputs(x)
         basis = self.basis
         features = basis.features(x)
         phi = features.phi.double()
@@ -152,7 +152,7 @@ class Posterior:
         Raises:
             InputError: if x and the sites do not fit the basis or each other.
         """
-        self._check_inputs(x)
+        self.check_inputs(x)
         if len(sites) != x.shape[-2] or sites.multi_output != (self.basis.num_outputs is not None):
             raise InputError(
                 f"{x.shape[-2]} inputs and num_outputs={self.basis.num_outputs} need sites to match, got sites of "
@@ -224,7 +224,12 @@ class Posterior:
     def _present(self, parts: list[Tensor]) -> Tensor:
         return self.by_output(torch.cat(parts, -1)).to(self.basis.dtype)
 
-    def _check_inputs(self, x: Tensor) -> None:
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise unless x can be predicted at.
+
+        Raises:
+            InputError: if x has the wrong shape, dtype or device.
+        """
         d = self.basis.inducing_points.shape[-1]
         if x.ndim < 2 or x.shape[-1] != d:
             raise InputError(f"Inputs must have shape [*batch, T, {d}], got {tuple(x.shape)}.")

@@ -90,6 +90,15 @@ def gaussian_sites(likelihood: Likelihood, data: Data) -> Sites | None:
     return Sites(y * beta, beta, data.targets_multi)
 
 
+def gaussian_spread(data: Data, lam: Tensor, beta: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return β(y − μ)² and w log 2πσ² of Gaussian sites, data last; 0 for data of weight 0."""
+    counts = beta != 0
+    safe = torch.where(counts, beta, 1.0)
+    weights = torch.ones_like(beta) if data.weights is None else data.weights.expand(beta.shape)
+    spread = beta * (lam / safe - mean).square()
+    return spread, torch.where(counts, weights * (2 * torch.pi * weights.clamp_min(1e-300) / safe).log(), 0.0)
+
+
 def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> None:
     """Raise unless x is a finite floating-point tensor [*batch, n, D].
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dualgp.basis import Features, InducingBasis
 from dualgp.duals import dual_parameters, is_gaussian
 from dualgp.errors import NotPositiveDefiniteError
-from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
+from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites, gaussian_spread
 from dualgp.linalg import row_chunks
 from dualgp.posterior import Posterior, SiteSum
 from dualgp.sites import Site, Sites
@@ -179,10 +179,9 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
 
 def _constants(data: Data, lam: Tensor, beta: Tensor, features: Features) -> Tensor:
     """The sums over a block of Gaussian sites that the collapsed bound needs beside A and c."""
-    squares = (beta * (lam / beta - features.prior_mean).square()).sum()
-    noise = 2 * torch.pi / beta if data.weights is None else 2 * torch.pi * data.weights / beta
-    log_noise = (noise.log() if data.weights is None else noise.log() * data.weights).sum()
-    return torch.stack([squares, (beta * features.prior_var).sum(), log_noise])
+    spread, log_noise = gaussian_spread(data, lam, beta, features.prior_mean)
+    squares = spread.sum()
+    return torch.stack([squares, (beta * features.prior_var).sum(), log_noise.sum()])
 
 
 def _collapsed(q: Posterior, visit: _Visit, base: Site | None) -> float:

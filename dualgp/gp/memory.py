@@ -66,8 +66,8 @@ class Candidates(NamedTuple):
     Attributes:
         x: inputs [*batch, n, D].
         y: targets.
-        alpha: α = E_q[∂ log p], [*batch, n] or [*batch, n, C].
-        beta: β = −E_q[∂² log p].
+        alpha: α = E_q[∂ log p] times the weight, [*batch, n] or [*batch, n, C].
+        beta: β = −E_q[∂² log p] times the weight.
         var: posterior variance of f.
         ids: number of arrival.
         keys: a uniform number each, drawn on arrival.

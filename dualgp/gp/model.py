@@ -60,8 +60,8 @@ class DualGP(nn.Module):
         num_outputs: C for a one-dimensional likelihood with targets [n, C]; softmax and multitask likelihoods say it
             themselves.
         jitter: added to K_zz, relative to the mean of its diagonal.
-        memory: how many past data a stream keeps, with their sites, to find them anew; as many as inducing inputs if
-            None, none if 0. `fit` fills it only if it is given.
+        memory: how many past data a stream keeps, with their sites, to find them anew; twice as many as inducing
+            inputs and 100 at least if None, none if 0. `fit` fills it only if it is given.
         memory_rule: which data those are: "leverage" (β·v), "sensitivity" (|α|·v), "random", "recency", "balanced" (by
             class), or a function of `dualgp.gp.memory.Candidates` that returns one score per datum.
         window: a sliding window: exactly the last `window` data count, and what leaves is taken out. In place of
@@ -123,6 +123,9 @@ class DualGP(nn.Module):
             raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
         if not jitter >= 0:
             raise InputError(f"jitter must be ≥ 0, got {jitter}.")
+        for name, size in (("memory", memory), ("window", window)):
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+                raise InputError(f"{name} must be an integer or None, got {size!r}.")
         if window is not None and (memory is not None or window < 1):
             raise InputError(f"window must be at least 1 and stand in place of memory; got {window} and {memory}.")
         if memory is not None and memory < 0:
@@ -216,9 +219,17 @@ class DualGP(nn.Module):
                 outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), M, stop, bar, generator)
             else:
                 outcome = fit_batches(make, Batches(X, self._check_batch), M, stop, bar, generator)
-        self._adopt(outcome)
+        memory = None
         if data is not None and (self.memory_size or self.window):
-            stream.remember_fit(self, data, self._settings(True))
+            draw = self.generator.get_state()
+            try:
+                memory = stream.choose_of_fit(self, outcome, data, self._settings(True))
+            except BaseException:
+                self.generator.set_state(draw)
+                raise
+        self._adopt(outcome)
+        if memory is not None:
+            stream.remember_fit(self, memory, window=self.window is not None)
         self.result = outcome.result
         return outcome.result
 
@@ -339,6 +350,7 @@ class DualGP(nn.Module):
             InputError: for data of the wrong shape, dtype, device or value.
         """
         data = self._check(X, y, **params)
+        self.posterior.check_inputs(X)
         return condition(self.posterior, self.likelihood, data)
 
     @property
@@ -371,8 +383,9 @@ class DualGP(nn.Module):
             _ = self.posterior
         if self.lam is None or self.beta is None:
             raise NotFittedError(
-                "No sites per datum are kept: the model is not fitted, was fitted on a loader, or its hyperparameters "
-                "were set by hand since. Call fit(X, y) on tensors, or ask sites_at(X, y)."
+                "No sites per datum are kept: the model is not fitted, was fitted on a loader, is a stream (see "
+                "memory.sites), or its hyperparameters were set by hand since. Call fit(X, y) on tensors, or ask "
+                "sites_at(X, y)."
             )
         return Sites(self.lam, self.beta, self.num_outputs is not None)
 
@@ -481,7 +494,7 @@ class DualGP(nn.Module):
             limit = self.inducing_points.shape[-2]
         else:
             limit = self.num_inducing or 100
-        capacity = self.window or (limit if self.memory_size is None else self.memory_size)
+        capacity = self.window or (max(100, 2 * limit) if self.memory_size is None else self.memory_size)
         rule = check_rule("recency" if self.window else self.memory_rule)
         return Settings(limit, capacity, rule, move_inducing, self.window is not None, tol)
 

@@ -49,6 +49,9 @@ def m_step(
         radius: how far the logarithm of a positive hyperparameter may go.
         callback: told the bound after each evaluation.
 
+    Raises:
+        NotPositiveDefiniteError: if the bound is finite nowhere it was asked for.
+
     Source: form S of Adam et al. 2021, § 3.3; Byrd et al. 1995 for L-BFGS-B.
     """
     start = hyper.vector()
@@ -80,6 +83,11 @@ def m_step(
     options = {"maxiter": max_iter, "ftol": 0.0, "maxcor": 20}
     box = hyper.trust_box(radius)
     minimize(objective, start, jac=True, method="L-BFGS-B", bounds=box, callback=stop_when_flat, options=options)
+    if not best:
+        raise NotPositiveDefiniteError(
+            "The bound is not finite at the hyperparameters given: check that targets, weights and hyperparameters are "
+            "finite and of a reasonable size."
+        )
     found, values = best[0]
     hyper.set_vector(values)
     return found

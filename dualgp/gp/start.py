@@ -16,7 +16,7 @@ from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
 from dualgp.kernels import prior_covariance
 
-_ROWS, _INDUCING = 500, 50
+_FEWEST, _ROWS, _INDUCING = 20, 500, 50
 _INDEPENDENT, _EQUAL = 0.3, 1e-4  # nearest neighbours correlated less than this, or all data more than 1 − this
 _FACTORS = [2.0**k for k in range(-12, 14, 2)]
 
@@ -32,7 +32,7 @@ def workable_kernel(
     power of 4 of greatest ELBO on a few hundred data.
     """
     parts = [k for k in kernel.modules() if isinstance(k, Kernel) and k.has_lengthscale]
-    if len(data) < 2 or not parts or not all(k.raw_lengthscale.requires_grad for k in parts):
+    if len(data) < _FEWEST or not parts or not all(k.raw_lengthscale.requires_grad for k in parts):
         return kernel
     some = data.rows(slice(0, _ROWS))
     if not _is_flat(kernel, some):

@@ -15,6 +15,7 @@ from dualgp.basis import InducingBasis
 from dualgp.errors import InputError
 from dualgp.gp import update
 from dualgp.gp.data import Data
+from dualgp.gp.fit import Outcome
 from dualgp.gp.hybrid import Noise
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Memory, choose
@@ -77,11 +78,21 @@ def read(model: DualGP) -> State | None:
         return None
     q = model.posterior
     state = _as_rest(model, q)
-    return (
-        state
-        if model.rest_lam is None or model.rest_B is None
-        else replace(state, rest=Site(model.rest_lam, model.rest_B))
-    )
+    if model.rest_lam is not None and model.rest_B is not None:
+        state = replace(state, rest=Site(model.rest_lam, model.rest_B))
+    now = noise_of(model)
+    if now is None or state.noise is None or abs(now.variance / state.noise.variance - 1.0) < 1e-6:  # float32
+        return state
+    return _under_noise(state, now.variance)
+
+
+def _under_noise(state: State, variance: float) -> State:
+    """Read Gaussian sites under another noise variance, set by hand: each to the power σ₀²/σ²."""
+    assert state.noise is not None
+    power = state.noise.variance / variance
+    noise = Noise(variance, state.noise.num_data, state.noise.power * power)
+    memory = None if state.memory is None else replace(state.memory, sites=state.memory.sites * power)
+    return _rebuilt(replace(state, rest=state.rest * power, noise=noise), memory)
 
 
 def _as_rest(model: DualGP, q: Posterior) -> State:
@@ -144,6 +155,14 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
             f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
             f"{data.x.device}; use X.to(...)."
         )
+    if data.x.shape[:-2] != state.basis.inducing_points.shape[:-2]:
+        raise InputError(
+            f"The stream so far has batch shape {tuple(state.basis.inducing_points.shape[:-2])}, this batch "
+            f"{tuple(data.x.shape[:-2])}; keep to one."
+        )
+    unknown = data.params.keys() - {"noise"}
+    if unknown and settings.capacity > 0:
+        raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
     hyper = Hyper(
         kernel,
         model.mean,
@@ -206,27 +225,29 @@ def noise_of(model: DualGP, num_data: float = 0.0, power: float = 0.0) -> Noise 
     return Noise(float(likelihood.noise.detach()), num_data, power)
 
 
-def remember_fit(model: DualGP, data: Data, settings: Settings) -> None:
-    """Choose memory from the data of a fit, whose sites per datum are known."""
-    state = _state(model)
+def choose_of_fit(model: DualGP, outcome: Outcome, data: Data, settings: Settings) -> Memory:
+    """Choose memory from the data of a fit, whose sites per datum are known; the model is not touched yet."""
+    assert outcome.sites is not None
     keys = torch.rand(len(data), generator=model.generator, dtype=torch.float64, device=model.generator.device)
     ids = torch.arange(len(data), device=data.x.device)
-    everything = Memory(data, model.sites, ids, keys.to(data.x.device))
-    sites = model.lam, model.beta
+    everything = Memory(data, outcome.sites, ids, keys.to(data.x.device))
     with torch.no_grad():
-        rows = choose(
-            settings.rule, update.candidates(state.posterior, model.likelihood, everything), settings.capacity
-        )
-        memory = everything.rows(rows)
+        scored = update.candidates(outcome.posterior, outcome.hyper.likelihood, everything)
+        return everything.rows(choose(settings.rule, scored, settings.capacity))
+
+
+def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
+    """Make some data of a fit the model's memory; with a window, forget all others."""
+    state = _state(model)
+    sites, noise = (model.lam, model.beta), state.noise
+    if window:
+        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model)), memory))
+        return
+    with torch.no_grad():
         rest = state.rest - state.posterior.project(memory.data.x, memory.sites)
-    noise = state.noise
     if noise is not None:
         own = update.forget_into(Noise(noise.variance, 0.0, 0.0), state.basis, memory)
         noise = noise._replace(num_data=noise.num_data - own.num_data, power=noise.power - own.power)
-    if settings.window:  # what is outside the window does not count
-        rest, noise = rest * 0.0, noise_of(model)
-        write(model, _rebuilt(replace(state, rest=rest, noise=noise), memory))
-        return
     write(model, replace(state, rest=rest, memory=memory, noise=noise))
     model.lam, model.beta = sites
 
@@ -239,11 +260,7 @@ def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
     else:
         state = replace(_as_rest(model, q), rest=Site(model.rest_lam, model.rest_B))
         rest = state.rest.pull_back(*q.basis.change_to(basis))
-    noise = state.noise
-    if noise is not None and (now := noise_of(model)) is not None:
-        power = noise.variance / now.variance
-        noise = Noise(now.variance, noise.num_data, noise.power * power)
-    write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise), state.memory))
+    write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest), state.memory))
 
 
 def forget(model: DualGP, ids: Tensor) -> None:
@@ -252,6 +269,8 @@ def forget(model: DualGP, ids: Tensor) -> None:
     if state.memory is None:
         raise InputError("Memory is empty: no datum's site is known one by one, so none can be taken out.")
     wanted = torch.as_tensor(ids, device=state.rest.lam.device).reshape(-1).unique()
+    if not len(wanted):
+        return
     if wanted.dtype not in (torch.int64, torch.int32):
         raise InputError(f"ids must be integers, as in memory.ids; got {wanted.dtype}.")
     memory = state.memory.without(state.memory.find(wanted))
@@ -275,6 +294,11 @@ def fade(model: DualGP, factor: float) -> None:
 def move_inducing(model: DualGP, inducing_points: Tensor) -> None:
     """Put Z elsewhere: `rest` is pulled back, memory expanded anew."""
     state = _state(model)
+    if inducing_points.shape[:-2] != state.basis.inducing_points.shape[:-2] or not inducing_points.shape[-2]:
+        raise InputError(
+            f"inducing_points must have shape [M, D] with M ≥ 1 after the batch shape "
+            f"{tuple(state.basis.inducing_points.shape[:-2])} of the model, got {tuple(inducing_points.shape)}."
+        )
     with torch.no_grad():
         write(model, update.move(state, state.basis.at(inducing_points.to(state.basis.inducing_points))))
 

@@ -1,12 +1,12 @@
-"""One step of a stream, on values: Z grows, sites are found, hyperparameters follow, memory is chosen, Z shrinks.
+"""One step of a stream, on values: Z grows, sites are found, hyperparameters follow, Z shrinks, memory is chosen.
 
 The state is prior + rest + Σ sites of memory. `rest` is all that is forgotten, one site on u (form U); the data of a
 batch and of memory are sites per datum, expanded anew at every Z and θ (form S).
 
 1. `grow`: Z takes in those of the batch's inputs that it explains least. Nothing is lost by that.
 2. `learn`: sites of batch and memory, given `rest`; then hyperparameters on the hybrid bound; in turn.
-3. `remember`: memory is chosen from batch and memory; the sites of the others go into `rest`.
-4. `shrink`: Z gives up inputs, down to its limit, by what each costs the bound.
+3. `shrink`: Z gives up inputs, down to its limit, by what each costs the bound; sites are found again there.
+4. `remember`: memory is chosen from batch and memory; the sites of the others go into `rest`.
 
 Source: Chang et al. 2023, § 3, with the bound of `gp.hybrid`; Z by growing and shrinking is this package's own.
 """
@@ -21,10 +21,10 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
-from dualgp.basis import Features, InducingBasis
+from dualgp.basis import InducingBasis
 from dualgp.duals import dual_parameters
 from dualgp.gp.bound import conjugate_sites
-from dualgp.gp.data import Data
+from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
 from dualgp.gp.hybrid import Anchor, Noise, stream_bound
 from dualgp.gp.hyper import Hyper
@@ -140,7 +140,7 @@ def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float
     x = data.x.reshape(-1, *data.x.shape[-2:])[0]
     Z = basis.inducing_points.reshape(-1, *basis.inducing_points.shape[-2:])[0]
     m, v = state.posterior.predict(data.x)
-    beta = dual_parameters(likelihood, data.y, m, v, **data.params).beta.max()
+    beta = dual_parameters(likelihood, data.y, m, v, **data.params).beta.max() * data.all_weights().max()
     largest = kernel_diagonal(basis.kernel, x).max()
     enough = float(2.0 * tol / (beta * largest).clamp_min(1e-300))
     rows = greedy_variance(basis.kernel, x, room, given=Z, tol=max(1e-10, enough))
@@ -221,19 +221,19 @@ def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
     m, v = q.predict(x)
     duals = dual_parameters(likelihood, of.data.y, m, v, **of.data.params)
     multi = of.sites.multi_output
-    return Candidates(x, of.data.y, duals.alpha, duals.beta, v.double(), of.ids, of.keys, multi)
+    weights = of.data.all_weights().unsqueeze(-1) if multi else of.data.all_weights()
+    return Candidates(x, of.data.y, weights * duals.alpha, weights * duals.beta, v.double(), of.ids, of.keys, multi)
 
 
 def forget_into(noise: Noise, basis: InducingBasis, gone: Memory) -> Noise:
     """Return the noise statistics with some data's added: Σ β((y − μ)² + r)."""
     lam, beta = gone.sites.by_latent()
-    power = sum(_power(lam[..., rows], beta[..., rows], features) for rows, features in basis.blocks(gone.data.x))
+    power = 0.0
+    for rows, features in basis.blocks(gone.data.x):
+        spread, _ = gaussian_spread(gone.data.rows(rows), lam[..., rows], beta[..., rows], features.prior_mean)
+        power += float((spread + beta[..., rows] * features.residual).sum())
     num_data = float(gone.data.all_weights().sum()) * lam.numel() / max(1, len(gone))
-    return Noise(noise.variance, noise.num_data + num_data, noise.power + float(power))
-
-
-def _power(lam: Tensor, beta: Tensor, features: Features) -> float:
-    return float((beta * ((lam / beta - features.prior_mean).square() + features.residual)).sum())
+    return Noise(noise.variance, noise.num_data + num_data, noise.power + power)
 
 
 def _posterior(basis: InducingBasis, rest: Site, memory: Memory | None) -> Posterior:

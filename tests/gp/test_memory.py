@@ -301,14 +301,12 @@ def test_a_capacity_beyond_the_data_keeps_all_and_the_rest_is_nothing(rule):
     assert state.rest.B.abs().max() == 0
 
 
-def test_memory_holds_as_many_as_inducing_inputs_if_not_told():
-    x = line(-1, 1, 30)
-    gp = DualGP(rbf(), gaussian(), num_inducing=7)
-    gp.update(x, x[:, 0], learn_hyperparameters=False)
-    assert len(gp.memory) == 7
-    gp = DualGP(rbf(), gaussian(), inducing_points=x[::6])
-    gp.update(x, x[:, 0], learn_hyperparameters=False)
-    assert len(gp.memory) == 5
+def test_memory_holds_twice_as_many_as_inducing_inputs_and_a_hundred_at_least_if_not_told():
+    x = line(-1, 1, 150)
+    for options, held in (({"num_inducing": 7}, 100), ({"inducing_points": line(-1, 1, 60)}, 120)):
+        gp = DualGP(rbf(), gaussian(), **options)
+        gp.update(x, x[:, 0], learn_hyperparameters=False)
+        assert len(gp.memory) == held
 
 
 def test_fit_fills_memory_only_if_it_is_given():

@@ -758,3 +758,58 @@ def test_inputs_with_a_gradient_leave_no_graph_behind():
     gp.update(x.clone().requires_grad_(), y, **FIXED)
     assert not any(v.requires_grad for k, v in gp.named_buffers())
     check_invariant(gp, 40)
+
+
+# --- what once went wrong ---------------------------------------------------------------------------
+
+
+def noisy_waves() -> tuple[torch.Tensor, torch.Tensor]:
+    x, f, g = waves(40, 1)
+    return x, f + 0.3 * torch.randn(40, generator=g, dtype=F64)
+
+
+def test_a_weight_of_zero_leaves_hyperparameters_learnable():
+    x, y = noisy_waves()
+    gp = DualGP(rbf(), gaussian(), num_inducing=6, memory=0)
+    w = torch.ones(10, dtype=F64)
+    w[0] = 0.0
+    for rows in torch.arange(40).split(10):
+        gp.update(x[rows], y[rows], weights=w)
+    assert gp.noise_statistics.isfinite().all()
+    assert gp.noise_statistics[1] == 36
+
+
+def test_noise_set_by_hand_means_the_same_whether_or_not_the_kernel_was_touched():
+    x, y = noisy_waves()
+
+    def run(nudge: float) -> torch.Tensor:
+        gp = DualGP(rbf(0.6), gaussian(0.09), inducing_points=line(-1.5, 1.5, 6), memory=0)
+        gp.update(x[:30], y[:30], learn_hyperparameters=False)
+        gp.likelihood.noise = torch.tensor(0.9, dtype=F64)
+        gp.kernel.base_kernel.lengthscale = gp.kernel.base_kernel.lengthscale.detach() * (1 + nudge)
+        gp.update(x[30:], y[30:], learn_hyperparameters=False)
+        return torch.cat(gp.predict(x))
+
+    whole = DualGP(rbf(0.6), gaussian(0.9), inducing_points=line(-1.5, 1.5, 6), memory=0)
+    whole.update(x, y, learn_hyperparameters=False)
+    assert gap(run(0.0), torch.cat(whole.predict(x))) < 1e-9
+    assert gap(run(1e-10), run(0.0)) < 1e-6
+
+
+def test_a_fit_whose_memory_rule_fails_leaves_the_model_as_it_was():
+    x, y = noisy_waves()
+    gp = DualGP(rbf(), gaussian(), num_inducing=6, memory=5, memory_rule="balanced")
+    draw = gp.generator.get_state()
+    with pytest.raises(errors.InputError, match="label"):
+        gp.fit(x, y)
+    assert gp.site_lam is None
+    assert torch.equal(draw, gp.generator.get_state())
+
+
+def test_data_that_hardly_count_do_not_keep_their_places_in_memory():
+    x, y = noisy_waves()
+    gp = DualGP(rbf(), gaussian(), num_inducing=10, memory=10)
+    w = torch.ones(40, dtype=F64)
+    w[:20] = 1e-6
+    gp.update(x, y, weights=w, learn_hyperparameters=False)
+    assert gp.memory.ids.min() >= 20
