@@ -63,15 +63,9 @@ class Memory:
 class Candidates(NamedTuple):
     """What a rule may look at, one row per datum; with several outputs the last dimension is theirs.
 
-    Attributes:
-        x: inputs [*batch, n, D].
-        y: targets.
-        alpha: α = E_q[∂ log p] times the weight, [*batch, n] or [*batch, n, C].
-        beta: β = −E_q[∂² log p] times the weight.
-        var: posterior variance of f.
-        ids: number of arrival.
-        keys: a uniform number each, drawn on arrival.
-        multi_output: whether α, β, var have a last dimension for outputs.
+    Inputs x [*batch, n, D] and targets y; α = E_q[∂ log p] and β = −E_q[∂² log p], each times the datum's weight,
+    [*batch, n] or [*batch, n, C]; the posterior variance of f, `var`; `ids`, numbers of arrival, and `keys`, a uniform
+    number each, drawn on arrival; whether there is a dimension of outputs, `multi_output`.
     """
 
     x: Tensor
