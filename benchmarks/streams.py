@@ -137,7 +137,8 @@ def compare(name: str, args: argparse.Namespace) -> None:
             rows = order_of(split, order, seed)
             for batches in args.batches:
                 methods = {
-                    f"dualgp, memory {args.inducing}": model(name, split, args.inducing),
+                    "dualgp": model(name, split, args.inducing),
+                    "dualgp, leverage": model(name, split, args.inducing, memory_rule="leverage"),
                     "dualgp, no memory": model(name, split, args.inducing, memory=0),
                     "streaming SVGP": StreamingSVGP(model(name, split, args.inducing)),
                 }

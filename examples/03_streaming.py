@@ -36,7 +36,7 @@ def modules():
 # The stream. Whatever is drawn is drawn as it comes by; half-way the model is written to a file.
 fig, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
 panels = dict(zip((1, 3, 5, 7, 8), axes.flat, strict=False))
-gp = DualGP(*modules(), num_inducing=M, memory=M)
+gp = DualGP(*modules(), num_inducing=M, memory=M, memory_rule="leverage")
 seen, nlpd = [], []
 with tempfile.TemporaryDirectory() as folder:
     for k, (x, t) in enumerate(zip(X.chunk(BATCHES), y.chunk(BATCHES), strict=True), start=1):

@@ -62,8 +62,9 @@ class DualGP(nn.Module):
         jitter: added to K_zz, relative to the mean of its diagonal.
         memory: how many past data a stream keeps, with their sites, to find them anew; twice as many as inducing
             inputs and 100 at least if None, none if 0. `fit` fills it only if it is given.
-        memory_rule: which data those are: "leverage" (β·v), "sensitivity" (|α|·v), "random", "recency", "balanced" (by
-            class), or a function of `dualgp.gp.memory.Candidates` that returns one score per datum.
+        memory_rule: which data those are: "random" (a fair sample of the stream: nothing pulls the hyperparameters),
+            "leverage" (β·v), "sensitivity" (|α|·v), "recency", "balanced" (by class), or a function of
+            `dualgp.Candidates` that returns one score per datum.
         window: a sliding window: exactly the last `window` data count, and what leaves is taken out. In place of
             `memory`.
         generator: source of randomness of the stream (for "random" memory); its own, seeded with 0, if None.
@@ -98,7 +99,7 @@ class DualGP(nn.Module):
         num_outputs: int | None = None,
         jitter: float = 1e-6,
         memory: int | None = None,
-        memory_rule: str | Rule = "leverage",
+        memory_rule: str | Rule = "random",
         window: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:

@@ -95,7 +95,8 @@ def test_what_a_stream_shows_to_a_rule_is_the_posterior_after_the_batch():
 
 def test_leverage_keeps_the_point_that_stands_alone():
     x = torch.cat([line(-0.1, 0.1, 12), at(4.0).reshape(1, 1)])
-    gp = DualGP(rbf(), gaussian(), inducing_points=torch.cat([line(-0.1, 0.1, 2), at(4.0).reshape(1, 1)]), memory=1)
+    Z = torch.cat([line(-0.1, 0.1, 2), at(4.0).reshape(1, 1)])
+    gp = DualGP(rbf(), gaussian(), inducing_points=Z, memory=1, memory_rule="leverage")
     gp.update(x, x.sin().squeeze(-1), learn_hyperparameters=False)
     assert gp.memory.ids.tolist() == [12]
 

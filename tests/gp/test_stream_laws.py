@@ -663,7 +663,7 @@ def test_a_gaussian_fit_then_updates_are_all_data_at_once():
 
 def test_a_fit_after_a_stream_starts_anew():
     x, y = problem("gaussian")
-    gp, fresh = new(memory=5), new(memory=5)
+    gp, fresh = (new(memory=5, memory_rule="leverage") for _ in range(2))  # nothing drawn
     gp.update(x[:20] + 0.1, -y[:20], **FIXED)
     for each in (gp, fresh):
         each.fit(x[20:], y[20:], progress=False, learn_inducing=False, **FIXED)
@@ -808,7 +808,7 @@ def test_a_fit_whose_memory_rule_fails_leaves_the_model_as_it_was():
 
 def test_data_that_hardly_count_do_not_keep_their_places_in_memory():
     x, y = noisy_waves()
-    gp = DualGP(rbf(), gaussian(), num_inducing=10, memory=10)
+    gp = DualGP(rbf(), gaussian(), num_inducing=10, memory=10, memory_rule="leverage")
     w = torch.ones(40, dtype=F64)
     w[:20] = 1e-6
     gp.update(x, y, weights=w, learn_hyperparameters=False)
