@@ -77,6 +77,13 @@ def random_sites(*shape: int, seed: int = 0, multi: bool = False) -> Sites:
     return Sites(torch.randn(*shape, generator=g, dtype=F64), 0.2 + torch.rand(*shape, generator=g, dtype=F64), multi)
 
 
+def put(tensor: torch.Tensor, index, value) -> torch.Tensor:
+    """A copy with some values replaced."""
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
 def at(*values: float) -> Tensor:
     return torch.tensor(values, dtype=F64)
 

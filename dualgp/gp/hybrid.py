@@ -38,6 +38,10 @@ class Noise(NamedTuple):
     num_data: float
     power: float
 
+    def under(self, variance: float) -> Noise:
+        """Return the same under another noise variance."""
+        return Noise(variance, self.num_data, self.power * (self.variance / variance))
+
 
 class Anchor(NamedTuple):
     """A site on u with what is needed to read it elsewhere: L⁻¹, Z, μ(Z), jitter and noise of where it was found."""
@@ -57,12 +61,15 @@ class Anchor(NamedTuple):
 
     def carry(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Site:
         """Read the site at other θ and Z; differentiable. Each uᵢ takes its jitter along: an unmoved Z is exact."""
-        site = self.site.pull_back(*self._map(hyper, Z, L))
+        return self.along(hyper, *self.map_from(hyper, Z, L))
+
+    def along(self, hyper: Hyper, T: Tensor, shift: Tensor) -> Site:
+        """Pull the site back along a map found by `map_from`, under the present noise."""
+        site = self.site.pull_back(T, shift)
         return site if self.noise is None else site * self._power_of(hyper)
 
-    def constant(self, hyper: Hyper, Z: Tensor, L: Tensor) -> Tensor:
+    def constant(self, hyper: Hyper, Z: Tensor, T: Tensor, shift: Tensor) -> Tensor:
         """Return what E_q[log t_old] has beside the carried site: λᵀs − ½ sᵀBs − ½ tr(B cov ε), s the shift."""
-        T, shift = self._map(hyper, Z, L)
         value = (self.site.lam * shift).sum() - 0.5 * (self.site.B * (shift.unsqueeze(-1) * shift.unsqueeze(-2))).sum()
         if not self._holds(Z):
             own = self._jittered(prior_covariance(hyper.kernel, self.Z), hyper, self.Z)
@@ -80,7 +87,7 @@ class Anchor(NamedTuple):
     def _holds(self, Z: Tensor) -> bool:
         return self.Z.shape == Z.shape and bool((self.Z == Z).all())
 
-    def _map(self, hyper: Hyper, Z: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    def map_from(self, hyper: Hyper, Z: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
         """Return (T, shift) with E[w_old | w] = T w + shift."""
         cross = cross_covariance(hyper.kernel, self.Z, Z, torch.float64)
         if Z.shape[-2] == self.Z.shape[-2]:
@@ -140,9 +147,10 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
     phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
     mu = x.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(x.double())
     site = sites.pull_back(phi, mu)
-    carried = None
+    carried, T, shift = None, None, None
     if old is not None:
-        carried = old.carry(hyper, Z, L)
+        T, shift = old.map_from(hyper, Z, L)
+        carried = old.along(hyper, T, shift)
         site = site + carried
     C = precision_cholesky(torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device) + site.B)
     w = torch.cholesky_solve(site.lam.unsqueeze(-1), C).squeeze(-1)
@@ -155,8 +163,8 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
     trace = P_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
     kl = 0.5 * (trace - Z.shape[-2] + logdet(C) + w.square().sum(-1)).sum()
     log_old = fit.new_zeros(())
-    if old is not None and carried is not None and with_old:
+    if old is not None and carried is not None and T is not None and shift is not None and with_old:
         Bw = (carried.B @ w.unsqueeze(-1)).squeeze(-1)
         log_old = (carried.lam * w - 0.5 * w * Bw).sum() - 0.5 * (carried.B * P_inv).sum()
-        log_old = log_old + old.constant(hyper, Z, L)
+        log_old = log_old + old.constant(hyper, Z, T, shift)
     return _Terms(fit, kl, log_old)

@@ -483,12 +483,25 @@ class DualGP(nn.Module):
             _ = self.posterior
         return super().state_dict(*args, **kwargs)
 
-    def _basis(self) -> InducingBasis:
-        assert self.inducing_points is not None
-        return self._basis_at(self.inducing_points)
+    def _basis(self, kernel: Kernel | None = None, Z: Tensor | None = None) -> InducingBasis:
+        """The basis at a kernel and Z, the model's own unless given."""
+        kernel = self.kernel if kernel is None else kernel
+        Z = self.inducing_points if Z is None else Z
+        assert Z is not None
+        return InducingBasis(kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
 
-    def _basis_at(self, Z: Tensor) -> InducingBasis:
-        return InducingBasis(self.kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
+    def _hyper(self, kernel: Kernel, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool) -> Hyper:
+        return Hyper(
+            kernel,
+            self.mean,
+            self.likelihood,
+            Z,
+            dtype=Z.dtype,
+            num_outputs=self.num_outputs,
+            jitter=self.jitter,
+            learn_inducing=learn_inducing,
+            learn_hyperparameters=learn_hyperparameters,
+        )
 
     def _settings(self, move_inducing: bool, tol: float = 1e-4) -> Settings:
         if self._Z_given and self.inducing_points is not None:
@@ -505,17 +518,7 @@ class DualGP(nn.Module):
         if learn_hyperparameters:
             kernel = workable_kernel(kernel, self.mean, self.likelihood, data, self.num_outputs)
         Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
-        return Hyper(
-            kernel,
-            self.mean,
-            self.likelihood,
-            Z,
-            dtype=data.x.dtype,
-            num_outputs=self.num_outputs,
-            jitter=self.jitter,
-            learn_inducing=learn_inducing,
-            learn_hyperparameters=learn_hyperparameters,
-        )
+        return self._hyper(kernel, Z, learn_inducing, learn_hyperparameters)
 
     def _adopt(self, outcome: Outcome) -> None:
         """Take over what was learned on the working copy."""
@@ -528,10 +531,8 @@ class DualGP(nn.Module):
         self.lam = None if sites is None else sites.lam
         self.beta = None if sites is None else sites.beta
         self.num_seen = torch.tensor(outcome.num_rows, device=posterior.site.lam.device)
-        noise = None if outcome.power is None else stream.noise_of(self, float(outcome.result.num_data), outcome.power)
-        self.noise_statistics = (
-            None if noise is None else torch.tensor(noise, dtype=torch.float64).to(self.num_seen.device)
-        )
+        if outcome.power is not None:
+            stream.set_noise(self, stream.noise_of(self, float(outcome.result.num_data), outcome.power))
         self._posterior = Posterior(self._basis(), posterior.site)
 
     @torch.no_grad()

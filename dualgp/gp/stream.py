@@ -17,7 +17,6 @@ from dualgp.gp import update
 from dualgp.gp.data import Data
 from dualgp.gp.fit import Outcome
 from dualgp.gp.hybrid import Noise
-from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Memory, choose
 from dualgp.gp.start import workable_kernel
 from dualgp.gp.update import Settings, State
@@ -29,20 +28,9 @@ from dualgp.sites import Site, Sites
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
 
-BUFFERS = (
-    "rest_lam",
-    "rest_B",
-    "memory_x",
-    "memory_y",
-    "memory_noise",
-    "memory_weights",
-    "memory_lam",
-    "memory_beta",
-    "memory_ids",
-    "memory_keys",
-    "noise_statistics",
-    "num_seen",
-)
+_MEMORY = ("x", "y", "noise", "weights", "lam", "beta", "ids", "keys")
+_MEMORY_BUFFERS = tuple(f"memory_{name}" for name in _MEMORY)
+BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_seen")
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ def read(model: DualGP) -> State | None:
 def _under_noise(state: State, variance: float) -> State:
     """Read Gaussian sites under another noise variance, set by hand: each to the power σ₀²/σ²."""
     assert state.noise is not None
-    power = state.noise.variance / variance
-    noise = Noise(variance, state.noise.num_data, state.noise.power * power)
+    power, noise = state.noise.variance / variance, state.noise.under(variance)
     memory = None if state.memory is None else replace(state.memory, sites=state.memory.sites * power)
     return _rebuilt(replace(state, rest=state.rest * power, noise=noise), memory)
 
@@ -118,7 +105,7 @@ def write(model: DualGP, state: State, *, owned: bool = False) -> None:
     model.site_lam, model.site_B = state.posterior.site.lam, state.posterior.site.B
     model.rest_lam, model.rest_B = state.rest.lam, state.rest.B
     model.lam = model.beta = None
-    for name in BUFFERS[2:10]:
+    for name in _MEMORY_BUFFERS:
         setattr(model, name, None)
     if memory is not None:
         model.memory_x, model.memory_y = memory.data.x, memory.data.y
@@ -163,23 +150,11 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     unknown = data.params.keys() - {"noise"}
     if unknown and settings.capacity > 0:
         raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
-    hyper = Hyper(
-        kernel,
-        model.mean,
-        model.likelihood,
-        state.basis.inducing_points,
-        dtype=data.x.dtype,
-        num_outputs=model.num_outputs,
-        jitter=model.jitter,
-        learn_inducing=False,
-        learn_hyperparameters=learn_hyperparameters,
-    )
-    n, outputs = len(data), () if model.num_outputs is None else (model.num_outputs,)
+    hyper = model._hyper(kernel, state.basis.inducing_points, False, learn_hyperparameters)
+    outputs = () if model.num_outputs is None else (model.num_outputs,)
     zero = torch.zeros(*data.x.shape[:-1], *outputs, dtype=torch.float64, device=data.x.device)
-    ids = torch.arange(state.num_seen, state.num_seen + n, device=data.x.device)
     draw = model.generator.get_state()
-    keys = torch.rand(n, generator=model.generator, dtype=torch.float64, device=model.generator.device)
-    batch = Memory(data, Sites(zero, zero, bool(outputs)), ids, keys.to(data.x.device))
+    batch = _arrived(model, data, Sites(zero, zero, bool(outputs)), state.num_seen)
     try:
         with torch.no_grad():
             q = state.posterior.predict(data.x)
@@ -200,6 +175,13 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     )
 
 
+def _arrived(model: DualGP, data: Data, sites: Sites, first: int) -> Memory:
+    """Number data as they arrive, and draw a key for each from the model's generator."""
+    ids = torch.arange(first, first + len(data), device=data.x.device)
+    keys = torch.rand(len(data), generator=model.generator, dtype=torch.float64, device=model.generator.device)
+    return Memory(data, sites, ids, keys.to(data.x.device))
+
+
 def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
     """Return the prior, on the Z given or on one input, from which Z grows."""
     Z = model.inducing_points
@@ -211,9 +193,7 @@ def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
             f"inducing_points have {Z.shape[-1]} columns on {Z.device}, X has {data.x.shape[-1]} on {data.x.device}; "
             "they must agree (move the model with .to)."
         )
-    Z = Z.to(data.x.dtype)
-    basis = InducingBasis(kernel, Z, model.mean, num_outputs=model.num_outputs, jitter=model.jitter)
-    q = Posterior(basis)
+    q = Posterior(model._basis(kernel, Z.to(data.x.dtype)))
     return State(q, q.site, None, noise_of(model), 0)
 
 
@@ -228,9 +208,7 @@ def noise_of(model: DualGP, num_data: float = 0.0, power: float = 0.0) -> Noise 
 def choose_of_fit(model: DualGP, outcome: Outcome, data: Data, settings: Settings) -> Memory:
     """Choose memory from the data of a fit, whose sites per datum are known; the model is not touched yet."""
     assert outcome.sites is not None
-    keys = torch.rand(len(data), generator=model.generator, dtype=torch.float64, device=model.generator.device)
-    ids = torch.arange(len(data), device=data.x.device)
-    everything = Memory(data, outcome.sites, ids, keys.to(data.x.device))
+    everything = _arrived(model, data, outcome.sites, 0)
     with torch.no_grad():
         scored = update.candidates(outcome.posterior, outcome.hyper.likelihood, everything)
         return everything.rows(choose(settings.rule, scored, settings.capacity))
@@ -304,10 +282,7 @@ def move_inducing(model: DualGP, inducing_points: Tensor) -> None:
 
 
 def _rebuilt(state: State, memory: Memory | None) -> State:
-    q = Posterior(state.basis, state.rest)
-    if memory is not None:
-        q = q.add(memory.data.x, memory.sites)
-    return replace(state, memory=memory, posterior=q)
+    return replace(state, memory=memory, posterior=update.assemble(state.basis, state.rest, memory))
 
 
 def _state(model: DualGP) -> State:

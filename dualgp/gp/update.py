@@ -120,7 +120,7 @@ def move(state: State, basis: InducingBasis) -> State:
     if noise is not None:  # what Z does not hold of u any more is spread that the data did not explain
         lost = (state.rest.B * (torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) - A @ A.mT)).sum()
         noise = noise._replace(power=noise.power + float(lost))
-    return State(_posterior(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
+    return State(assemble(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
 
 
 def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float) -> State:
@@ -194,8 +194,7 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
         rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
     noise = state.noise
     if noise is not None:
-        now = float(hyper.likelihood.noise.detach().sum())
-        noise = Noise(now, noise.num_data, noise.power * noise.variance / now)
+        noise = noise.under(float(hyper.likelihood.noise.detach().sum()))
     return State(Posterior(basis, rest), rest, state.memory, noise, state.num_seen)
 
 
@@ -212,7 +211,7 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
         if noise is not None:
             noise = forget_into(noise, basis, gone)
     memory = new.rows(keep) if len(keep) else None
-    return State(_posterior(basis, rest, memory), rest, memory, noise, state.num_seen)
+    return State(assemble(basis, rest, memory), rest, memory, noise, state.num_seen)
 
 
 def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
@@ -236,6 +235,7 @@ def forget_into(noise: Noise, basis: InducingBasis, gone: Memory) -> Noise:
     return Noise(noise.variance, noise.num_data + num_data, noise.power + power)
 
 
-def _posterior(basis: InducingBasis, rest: Site, memory: Memory | None) -> Posterior:
+def assemble(basis: InducingBasis, rest: Site, memory: Memory | None) -> Posterior:
+    """Return prior + rest + sites of memory."""
     q = Posterior(basis, rest)
     return q if memory is None else q.add(memory.data.x, memory.sites)

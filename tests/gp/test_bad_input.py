@@ -16,19 +16,13 @@ from gpytorch.likelihoods import (
     PoissonLikelihood,
 )
 from safetensors.torch import save_file
-from toys import F64, rbf, unchecked
+from toys import F64, put, rbf, unchecked
 
 from dualgp import DualGP, errors, likelihoods
 
 X = torch.linspace(0, 1, 12, dtype=F64).reshape(6, 2)
 Y = torch.linspace(-1, 1, 6, dtype=F64)
 NAN, INF = float("nan"), float("inf")
-
-
-def put(tensor: torch.Tensor, index, value) -> torch.Tensor:
-    tensor = tensor.clone()
-    tensor[index] = value
-    return tensor
 
 
 def state(gp: DualGP) -> dict[str, torch.Tensor]:

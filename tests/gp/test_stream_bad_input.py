@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import softmax
 from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood, PoissonLikelihood
-from toys import F64, gaussian, line, rbf, unchecked, waves
+from toys import F64, gaussian, line, put, rbf, unchecked, waves
 
 from dualgp import DualGP, errors
 
@@ -15,12 +15,6 @@ X = waves(20, 2, seed=1)[0]
 Y = X.sin().sum(-1)
 NAN, INF = float("nan"), float("inf")
 ONES = torch.ones(6, dtype=F64)
-
-
-def put(tensor: torch.Tensor, index, value) -> torch.Tensor:
-    tensor = tensor.clone()
-    tensor[index] = value
-    return tensor
 
 
 def refused(gp: DualGP, match: str, call, error=errors.InputError) -> None:
