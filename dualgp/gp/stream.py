@@ -26,6 +26,7 @@ from dualgp.predictive import log_predictive
 from dualgp.sites import Site, Sites
 
 if TYPE_CHECKING:
+    from dualgp.gp.fitted import FittedGP
     from dualgp.gp.model import DualGP
 
 _MEMORY = ("x", "y", "noise", "weights", "lam", "beta", "ids", "keys")
@@ -60,7 +61,7 @@ class UpdateResult:
         )
 
 
-def read(model: DualGP) -> State | None:
+def read(model: FittedGP) -> State | None:
     """Return the state of a model, or None before any data; all that was fitted at once is `rest`."""
     if model.site_lam is None or model.site_B is None:
         return None
@@ -82,7 +83,7 @@ def _under_noise(state: State, variance: float) -> State:
     return _rebuilt(replace(state, rest=state.rest * power, noise=noise), memory)
 
 
-def _as_rest(model: DualGP, q: Posterior) -> State:
+def _as_rest(model: FittedGP, q: Posterior) -> State:
     memory, noise = None, None
     x, y, lam, beta = model.memory_x, model.memory_y, model.memory_lam, model.memory_beta
     ids, keys = model.memory_ids, model.memory_keys
@@ -95,7 +96,7 @@ def _as_rest(model: DualGP, q: Posterior) -> State:
     return State(q, q.site, memory, noise, int(model.num_seen or 0))
 
 
-def write(model: DualGP, state: State, *, owned: bool = False) -> None:
+def write(model: FittedGP, state: State, *, owned: bool = False) -> None:
     """Put a state into the buffers of a model; its modules hold the hyperparameters already.
 
     `owned` says that nobody else changes the modules of the state's basis, so that it need not be built anew.
@@ -117,7 +118,7 @@ def write(model: DualGP, state: State, *, owned: bool = False) -> None:
     model._posterior = state.posterior if owned else Posterior(model._basis(), state.posterior.site)
 
 
-def set_noise(model: DualGP, noise: Noise | None) -> None:
+def set_noise(model: FittedGP, noise: Noise | None) -> None:
     """Put the noise statistics into their buffer."""
     assert model.site_lam is not None
     device = model.site_lam.device
@@ -201,7 +202,7 @@ def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
     return State(q, q.site, None, noise_of(model), 0)
 
 
-def noise_of(model: DualGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
+def noise_of(model: FittedGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
     """Return the statistics that keep a learned noise variance learnable; None for other likelihoods."""
     likelihood = model.likelihood
     if type(likelihood) is not GaussianLikelihood or likelihood.noise.numel() != 1:
@@ -234,7 +235,7 @@ def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
     model.lam, model.beta = sites
 
 
-def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
+def rebase(model: FittedGP, q: Posterior, basis: InducingBasis) -> None:
     """Read the model under hyperparameters set by hand: rest by form U, memory by form S."""
     if model.rest_lam is None or model.rest_B is None:
         state = replace(_as_rest(model, q), posterior=q.rebase(basis))
@@ -245,7 +246,7 @@ def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
     write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest), state.memory))
 
 
-def forget(model: DualGP, ids: Tensor) -> None:
+def forget(model: FittedGP, ids: Tensor) -> None:
     """Take data of memory out of the model, exactly."""
     state = _state(model)
     if state.memory is None:
@@ -259,7 +260,7 @@ def forget(model: DualGP, ids: Tensor) -> None:
     write(model, _rebuilt(state, memory if len(memory) else None))
 
 
-def fade(model: DualGP, factor: float) -> None:
+def fade(model: FittedGP, factor: float) -> None:
     """Scale all sites: the likelihood of everything seen so far to the power `factor`."""
     if not 0 <= factor <= 1:
         raise InputError(f"factor must lie in [0, 1], got {factor}: 1 keeps all, 0 forgets all.")
@@ -273,7 +274,7 @@ def fade(model: DualGP, factor: float) -> None:
     write(model, _rebuilt(replace(state, rest=state.rest * factor, noise=noise), memory if factor > 0 else None))
 
 
-def move_inducing(model: DualGP, inducing_points: Tensor) -> None:
+def move_inducing(model: FittedGP, inducing_points: Tensor) -> None:
     """Put Z elsewhere: `rest` is pulled back, memory expanded anew."""
     state = _state(model)
     if inducing_points.shape[:-2] != state.basis.inducing_points.shape[:-2] or not inducing_points.shape[-2]:
@@ -289,7 +290,7 @@ def _rebuilt(state: State, memory: Memory | None) -> State:
     return replace(state, memory=memory, posterior=update.assemble(state.basis, state.rest, memory))
 
 
-def _state(model: DualGP) -> State:
+def _state(model: FittedGP) -> State:
     _ = model.posterior  # raises where there is none
     state = read(model)
     assert state is not None
