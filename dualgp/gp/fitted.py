@@ -49,6 +49,7 @@ class FittedGP(nn.Module):
     memory_ids: Tensor | None
     memory_keys: Tensor | None
     noise_statistics: Tensor | None
+    num_rest: Tensor | None
     num_seen: Tensor | None
     _posterior: Posterior | None
 

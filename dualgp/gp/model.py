@@ -354,7 +354,8 @@ class DualGP(FittedGP):
             limit = self.num_inducing or 100
         capacity = self.window or (max(100, 2 * limit) if self.memory_size is None else self.memory_size)
         rule = check_rule("recency" if self.window else self.memory_rule)
-        return Settings(limit, capacity, rule, move_inducing, self.window is not None, tol)
+        fair = self.memory_rule == "random" and self.window is None
+        return Settings(limit, capacity, rule, fair, move_inducing, self.window is not None, tol)
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing

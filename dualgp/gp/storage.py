@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "dualgp.DualGP"
 GENERATOR = "generator_state"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEYS = {
     "kernel",
     "likelihood",

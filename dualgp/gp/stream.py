@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MEMORY = ("x", "y", "noise", "weights", "lam", "beta", "ids", "keys")
 _MEMORY_BUFFERS = tuple(f"memory_{name}" for name in _MEMORY)
-BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_seen")
+BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_rest", "num_seen")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def _as_rest(model: FittedGP, q: Posterior) -> State:
         memory = Memory(data, Sites(lam, beta, model.num_outputs is not None), ids, keys)
     if model.noise_statistics is not None:
         noise = Noise(*model.noise_statistics.tolist())
-    return State(q, q.site, memory, noise, int(model.num_seen or 0))
+    num_rest = float(model.num_rest) if model.num_rest is not None else 0.0
+    return State(q, q.site, memory, noise, num_rest, int(model.num_seen or 0))
 
 
 def write(model: FittedGP, state: State, *, owned: bool = False) -> None:
@@ -114,6 +115,7 @@ def write(model: FittedGP, state: State, *, owned: bool = False) -> None:
         model.memory_lam, model.memory_beta = memory.sites.lam, memory.sites.beta
         model.memory_ids, model.memory_keys = memory.ids, memory.keys
     set_noise(model, noise)
+    model.num_rest = torch.tensor(state.num_rest, dtype=torch.float64, device=state.rest.lam.device)
     model.num_seen = torch.tensor(state.num_seen, device=state.rest.lam.device)
     model._posterior = state.posterior if owned else Posterior(model._basis(), state.posterior.site)
 
@@ -199,7 +201,7 @@ def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
             "they must agree (move the model with .to)."
         )
     q = Posterior(model._basis(kernel, Z.to(data.x.dtype)))
-    return State(q, q.site, None, noise_of(model), 0)
+    return State(q, q.site, None, noise_of(model), 0.0, 0)
 
 
 def noise_of(model: FittedGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
@@ -224,14 +226,15 @@ def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
     state = _state(model)
     sites, noise = (model.lam, model.beta), state.noise
     if window:
-        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model)), memory))
+        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model), num_rest=0.0), memory))
         return
     with torch.no_grad():
         rest = state.rest - state.posterior.project(memory.data.x, memory.sites)
     if noise is not None:
         own = update.forget_into(Noise(noise.variance, 0.0, 0.0), state.basis, memory)
         noise = noise._replace(num_data=noise.num_data - own.num_data, power=noise.power - own.power)
-    write(model, replace(state, rest=rest, memory=memory, noise=noise))
+    num_rest = float(state.num_seen - len(memory))
+    write(model, replace(state, rest=rest, memory=memory, noise=noise, num_rest=num_rest))
     model.lam, model.beta = sites
 
 
@@ -271,7 +274,8 @@ def fade(model: FittedGP, factor: float) -> None:
         memory = replace(memory, data=data, sites=memory.sites * factor)
     if noise is not None:
         noise = noise._replace(num_data=noise.num_data * factor, power=noise.power * factor)
-    write(model, _rebuilt(replace(state, rest=state.rest * factor, noise=noise), memory if factor > 0 else None))
+    state = replace(state, rest=state.rest * factor, noise=noise, num_rest=state.num_rest * factor)
+    write(model, _rebuilt(state, memory if factor > 0 else None))
 
 
 def move_inducing(model: FittedGP, inducing_points: Tensor) -> None:

@@ -26,7 +26,7 @@ from dualgp.duals import dual_parameters
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
-from dualgp.gp.hybrid import Anchor, Noise, stream_bound
+from dualgp.gp.hybrid import Anchor, Noise, Sample, residuals, stream_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Candidates, Memory, Rule, choose
 from dualgp.gp.mstep import m_step
@@ -48,6 +48,7 @@ class State:
         rest: the site on w of what is forgotten.
         memory: the data that are not; None before there were any.
         noise: of a Gaussian likelihood, what `rest` says of the noise.
+        num_rest: how many of the data in `rest` memory is a fair sample of, each by its weight.
         num_seen: how many data came by.
     """
 
@@ -55,6 +56,7 @@ class State:
     rest: Site
     memory: Memory | None
     noise: Noise | None
+    num_rest: float
     num_seen: int
 
     @property
@@ -69,6 +71,7 @@ class Settings(NamedTuple):
     max_inducing: int  # M
     capacity: int  # of memory
     rule: Rule
+    fair: bool = True  # whether the rule keeps a fair sample of all data
     move_inducing: bool = True
     window: bool = False  # what leaves memory is taken out
     tol: float = 1e-4  # nats per datum
@@ -97,7 +100,7 @@ def step(
         found = find_sites(state, likelihood, data, found.sites, 0.1 * settings.tol)
     assert found.sites is not None
     all_of_it = Memory(data, found.sites, *_joined(state.memory, batch))
-    state = State(found.posterior, state.rest, all_of_it, state.noise, state.num_seen + len(batch))
+    state = replace(state, posterior=found.posterior, memory=all_of_it, num_seen=state.num_seen + len(batch))
     if settings.move_inducing:
         smaller = shrink(state, settings.max_inducing)
         if smaller is not state:  # the data at hand make up for what Z lost
@@ -122,7 +125,7 @@ def move(state: State, basis: InducingBasis) -> State:
     if noise is not None:  # what Z does not hold of u any more is spread that the data did not explain
         lost = (state.rest.B * (torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) - A @ A.mT)).sum()
         noise = noise._replace(power=noise.power + float(lost))
-    return State(assemble(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
+    return replace(state, posterior=assemble(basis, rest, state.memory), rest=rest, noise=noise)
 
 
 def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float) -> State:
@@ -178,25 +181,37 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
     """
     hyper.set_inducing(state.basis.inducing_points)
     anchor = Anchor.of(state.basis, state.rest, state.noise)
+    sample = fair_sample(state, hyper, sites) if settings.fair else None
     parameters = hyper.trained()
 
     def evaluate() -> _Evaluation:
         own = conjugate_sites(hyper, data)
         with torch.enable_grad():
-            value = stream_bound(hyper, data, sites if own is None else own, anchor)
+            value = stream_bound(hyper, data, sites if own is None else own, anchor, sample)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
         gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return _Evaluation(float(value.detach()), gradient)
 
     m_step(hyper, evaluate, max(1, data.count), max_iter=M_ITERATIONS, tol=0.1 * settings.tol, radius=TRUST_RADIUS)
     hyper.round()
-    with torch.no_grad():
-        basis = hyper.basis()
-        rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
+    basis = hyper.basis()
+    rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
     noise = state.noise
     if noise is not None:
+        if sample is not None and state.memory is not None:
+            noise = noise._replace(power=noise.power + float(sample.change(residuals(hyper, state.memory.data.x))))
         noise = noise.under(float(hyper.likelihood.noise.detach().sum()))
-    return State(Posterior(basis, rest), rest, state.memory, noise, state.num_seen)
+    return replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise)
+
+
+def fair_sample(state: State, hyper: Hyper, sites: Sites) -> Sample | None:
+    """Return memory as a sample of all that is forgotten; `sites` begin with its own. None where there is neither."""
+    if state.memory is None or not state.num_rest > 0:
+        return None
+    data = state.memory.data
+    beta = sites.by_latent()[1][..., : len(data)]
+    scale = state.num_rest / float(data.all_weights().sum().clamp_min(1e-300))
+    return Sample(beta, residuals(hyper, data.x), scale)
 
 
 def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settings) -> State:
@@ -206,13 +221,14 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
     if settings.capacity > 0:
         keep = choose(settings.rule, candidates(state.posterior, likelihood, new), settings.capacity)
     gone = new.without(keep)
-    rest, noise = state.rest, state.noise
+    rest, noise, num_rest = state.rest, state.noise, state.num_rest
     if len(gone) and not settings.window:
         rest = rest + state.posterior.project(gone.data.x, gone.sites)
+        num_rest += float(gone.data.all_weights().sum())
         if noise is not None:
             noise = forget_into(noise, basis, gone)
     memory = new.rows(keep) if len(keep) else None
-    return State(assemble(basis, rest, memory), rest, memory, noise, state.num_seen)
+    return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
 
 
 def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
