@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import NotPositiveDefiniteError, NumericalWarning
+from dualgp.errors import InputError, NotPositiveDefiniteError, NumericalWarning
 
 _MAX_JITTER = 1e-2  # relative; beyond this the matrix is not a kernel matrix with rounding errors
 _CHUNK_BYTES = 4 << 20  # a block of rows that stays in the second-level cache
@@ -92,6 +92,30 @@ def logdet(lower: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b"]:
 def symmetrise(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
     """Return ½ (A + Aᵀ), to remove the rounding error of a product that is symmetric on paper."""
     return 0.5 * (matrix + matrix.mT)
+
+
+def eigenpairs_above(matrix: Float[Tensor, "*b m m"], tol: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues [*b, r] above tol · largest of a positive semi-definite matrix, and vectors [*b, m, r].
+
+    Matrices of a batch that have fewer than the others are filled up with the value 1 and the vector 0.
+
+    Raises:
+        InputError: if a matrix is zero or not finite.
+    """
+    top = matrix.diagonal(dim1=-2, dim2=-1).amax(-1) if matrix.numel() else matrix.new_zeros(1)
+    if not bool(matrix.isfinite().all()) or not bool((top > 0).all()):
+        raise InputError("The Gram matrix of the Jacobian at Z is zero or not finite: check the network and Z.")
+    values, vectors = torch.linalg.eigh(symmetrise(matrix))
+    keep = values > tol * values[..., -1:]
+    r = int(keep.sum(-1).max())
+    values, vectors = torch.where(keep, values, 1.0), torch.where(keep.unsqueeze(-2), vectors, 0.0)
+    return values[..., -r:], vectors[..., -r:]
+
+
+def psd_part(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """Return the nearest positive semi-definite matrix, where rounding made negative eigenvalues of small matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
 
 
 def mul_lower(

@@ -351,7 +351,7 @@ class DualGP(nn.Module):
             InputError: for data of the wrong shape, dtype, device or value.
         """
         data = self._check(X, y, **params)
-        self.posterior.check_inputs(X)
+        self.posterior.basis.check_inputs(X)
         return condition(self.posterior, self.likelihood, data)
 
     @property
