@@ -29,6 +29,8 @@ from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
 from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
+from dualgp.jacobian import JacobianBasis
+from dualgp.laplace import laplace_sites
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -42,6 +44,7 @@ __all__ = [
     "DualParameters",
     "FitResult",
     "InducingBasis",
+    "JacobianBasis",
     "Memory",
     "Posterior",
     "Site",
@@ -51,6 +54,7 @@ __all__ = [
     "errors",
     "expected_log_prob",
     "greedy_variance",
+    "laplace_sites",
     "likelihoods",
     "log_predictive",
     "predictive_distribution",

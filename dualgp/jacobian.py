@@ -18,6 +18,7 @@ Precision: TypeAlias = float | int | Tensor
 Outputs: TypeAlias = Literal["coupled", "independent"]
 
 
+@runtime_checkable
 class JacobianRows(Protocol):
     """The Jacobian at n inputs, J [n, C, P], in whatever form its products are cheap; κ = J Jᵀ."""
 

@@ -30,10 +30,10 @@ class DenseRows:
 
 
 class DenseJacobian:
-    """Chunks of three data, so that no test passes on whole batches alone."""
+    """Chunks of three data unless told, so that no test passes on whole batches alone."""
 
-    def __init__(self, net: nn.Module, example: Tensor, scales: Tensor | None = None) -> None:
-        self.net, self.example = net, example
+    def __init__(self, net: nn.Module, example: Tensor, scales: Tensor | None = None, chunk: int = 3) -> None:
+        self.net, self.example, self.chunk = net, example, chunk
         self.params = {name: p.detach() for name, p in net.named_parameters()}
         self.shapes = [p.shape for p in self.params.values()]
         self.sizes = torch.tensor([p.numel() for p in self.params.values()])
@@ -42,10 +42,6 @@ class DenseJacobian:
         self.input_shape = example.shape[1:]
         self.dtype, self.device = next(iter(self.params.values())).dtype, torch.device("cpu")
         self.scales = torch.ones(len(self.sizes)) if scales is None else scales
-
-    @property
-    def theta(self) -> Tensor:
-        return torch.cat([p.flatten() for p in self.params.values()])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.net(x).detach()
@@ -59,21 +55,18 @@ class DenseJacobian:
         return DenseRows(self(x), J * self.scales.repeat_interleave(self.sizes).to(J))
 
     def blocks(self, x: Tensor) -> Iterator[tuple[slice, DenseRows]]:
-        for start in range(0, len(x), 3):
-            rows = slice(start, min(start + 3, len(x)))
+        for start in range(0, len(x), self.chunk):
+            rows = slice(start, min(start + self.chunk, len(x)))
             yield rows, self.block(x[rows])
 
     def scaled(self, scales: Tensor) -> "DenseJacobian":
-        return DenseJacobian(self.net, self.example, self.scales * scales)
+        return DenseJacobian(self.net, self.example, self.scales * scales, self.chunk)
 
 
-def mlp(inputs: int = 2, width: int = 5, outputs: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """A tanh network with random weights, of size O(1) outputs."""
+def mlp(inputs: int = 2, width: int = 4, outputs: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A tanh network with random weights."""
     torch.manual_seed(seed)
-    net = nn.Sequential(
-        nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, outputs)
-    )
-    return net.to(dtype).requires_grad_(True)
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, outputs)).to(dtype)
 
 
 def dense_of(net: nn.Module, inputs: int = 2) -> DenseJacobian:
