@@ -25,8 +25,8 @@ class Posterior(Generic[B]):
 
     A value: every verb (`add`, `remove`, `scale`, `temper`, `rebase`) returns a new posterior and leaves this one as
     it was. All M × M work is float64; predictions come back in the dtype of the basis. With outputs, per-datum
-    quantities have shape [..., T, C]; without, [..., T]. Inputs are x [*batch, T, D] for a process and
-    [T, *input_shape] for a network, in the dtype and on the device of the basis.
+    quantities have shape [..., T, C]; without, [..., T]. Inputs are x [*batch, T, D] for a process, in
+    the dtype and on the device of the basis, and [T, *input_shape] for a network.
 
     Args:
         basis: the coordinates: `InducingBasis` or `JacobianBasis`.
@@ -249,7 +249,7 @@ class Posterior(Generic[B]):
             InputError: if x and the sites do not fit the basis or each other.
         """
         self._check_sites(self.basis.check_inputs(x), sites)
-        sites = sites.to(x.device)
+        sites = sites.to(self.basis.device)
         total = SiteSum(self.basis)
         if self.basis.coupled:
             for rows, features in self.basis.blocks(x):

@@ -74,7 +74,7 @@ class Sites:
     def alpha(self, mean: Tensor) -> Tensor:
         """Return α = λ − β m at marginal means m of the same shape."""
         if self.coupled:
-            return self.lam - (self.beta @ mean.unsqueeze(-1)).squeeze(-1)
+            return self.lam - (self.beta * mean.unsqueeze(-2)).sum(-1)
         return self.lam - self.beta * mean
 
     def decoupled(self, mean: Tensor) -> Sites:

@@ -10,6 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from toys import F64, at, gap, put, unchecked
 
 from dualgp import JacobianBasis, Posterior, Sites, errors, laplace_sites
+from dualgp.kernels import NetworkJacobian
 
 TAU = 0.7
 SOFTMAX = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
@@ -51,8 +52,12 @@ def sites_of(q: Posterior, sites: Sites = S, x: Tensor = X) -> Sites:
     return sites if q.basis.coupled else sites.decoupled(JAC(x))
 
 
-def joint_cov(q: Posterior, x: Tensor = TEST) -> Tensor:
-    return q.joint(x)[1].unflatten(-1, (-1, 3)).unflatten(0, (-1, 3))
+def joint_cov(q: Posterior) -> Tensor:
+    return joint_cov_of(q).unflatten(-1, (-1, 3)).unflatten(0, (-1, 3))
+
+
+def joint_cov_of(q: Posterior) -> Tensor:
+    return q.joint(TEST)[1]
 
 
 def test_weight_space_dual_space_and_features_give_one_covariance():
@@ -171,16 +176,12 @@ def test_order_and_chunks_change_nothing_and_a_second_time_is_the_first(name, mo
 
 
 def test_independent_outputs_are_processes_of_their_own():
-    sites, cov = S.decoupled(JAC(X)), joint_cov_by_output(independent(X[:9]))
+    sites, cov = S.decoupled(JAC(X)), joint_cov_of(independent(X[:9]))
     for c in range(3):
         J_c, at_c, Z_c = J[:, c : c + 1], J_TEST[:, c : c + 1], JAC.block(X[:9]).J[:, c : c + 1]
         beta = sites.beta[:, c, None, None]
         expected = ref.projected_covariance(J_c, beta, TAU, at_c, Z_c)[:, 0, :, 0]
         assert gap(cov[c], expected) < 1e-8
-
-
-def joint_cov_by_output(q: Posterior) -> Tensor:
-    return q.joint(TEST)[1]
 
 
 def test_outputs_of_different_rank_stand_side_by_side():
@@ -190,7 +191,7 @@ def test_outputs_of_different_rank_stand_side_by_side():
     q = Posterior(JacobianBasis.at_inputs(jac, X[:9], TAU, outputs="independent")).add(X, S.decoupled(jac(X)))
     assert q.basis.size == 9
     kl = q.kl()
-    J_Z, cov = jac.block(X[:9]).J, joint_cov_by_output(q)
+    J_Z, cov = jac.block(X[:9]).J, joint_cov_of(q)
     for c in (0, 1):
         found = ref.projected_covariance(
             jac.block(X).J[:, c : c + 1],
@@ -335,6 +336,28 @@ def test_float32_networks_are_close_to_float64_ones():
         assert gap(cov, exact.predict_blocks(TEST)[1]) < 1e-4
 
 
+@pytest.mark.parametrize("name", QS)
+def test_the_layered_engine_makes_the_same_posterior(name, monkeypatch):
+    dense = QS[name]()
+    monkeypatch.setitem(globals(), "JAC", NetworkJacobian(mlp(), X[:3]))
+    q = QS[name]()
+    assert q.basis.jacobian is JAC
+    assert gap(joint_cov_of(q), joint_cov_of(dense)) < 1e-9
+    assert gap(q.predict(TEST)[0], dense.predict(TEST)[0]) < 1e-9
+    tau = at(0.3, 5.0, 1.0, 20.0)
+    assert gap(*(Posterior(p.basis.with_prior_precision(tau)).predict(TEST)[1] for p in (q, dense))) < 1e-9
+
+
+def test_images_through_convolutions():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 3)).double()
+    x = torch.randn(8, 1, 6, 6, dtype=F64)
+    jac = NetworkJacobian(net, x)
+    sites = laplace_sites(SOFTMAX, Y[:8], jac(x))
+    q = Posterior(JacobianBasis.at_inputs(jac, x, TAU)).add(x, sites)
+    J = jac.block(x).dense()
+    assert gap(q.predict_blocks(x)[1], torch.einsum("ncnd->ncd", ref.glm_covariance(J, sites.beta, TAU, J))) < 1e-8
+
+
 def test_one_output_and_no_data():
     net = mlp(outputs=1)
     q = Posterior(JacobianBasis.at_inputs(dense_of(net), X[:4], TAU))
@@ -380,8 +403,6 @@ def test_what_does_not_fit_is_refused():
         JacobianBasis.at_inputs(JAC, X[:0], TAU)
     with unchecked(), pytest.raises(errors.InputError, match="'coupled' or 'independent'"):
         JacobianBasis.at_inputs(JAC, X, TAU, outputs="both")
-    with pytest.raises(errors.InputError, match="float64 .* got torch.float32"):
-        weights().predict(X.float())
     with pytest.raises(errors.InputError, match=r"got \(2,\)"):
         weights().predict_blocks(X[0])
     with pytest.raises(errors.InputError, match="30 inputs"):
