@@ -52,12 +52,9 @@ class Basis(ABC):
 
     Attributes:
         batch_shape: one process each; ends in C where outputs are processes of their own.
-        size: the number of coordinates, of w.
         num_outputs: C, or None for one output without a dimension of its own.
         coupled: whether the C outputs share w, each with features of its own, so that data couple them.
         has_residual: whether r(x) is not zero.
-        dtype: of n × M work and of predictions.
-        device: where the basis lives.
     """
 
     batch_shape: torch.Size
@@ -67,19 +64,22 @@ class Basis(ABC):
 
     @property
     @abstractmethod
-    def size(self) -> int: ...  # noqa: D102
+    def size(self) -> int:
+        """The number of coordinates."""
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    def dtype(self) -> torch.dtype:
+        """The dtype of n × M work and of predictions."""
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...  # noqa: D102
+    def device(self) -> torch.device:
+        """Where the basis lives."""
 
     @abstractmethod
     def check_inputs(self, x: Tensor) -> int:
-        """Return how many data x holds; raise InputError for a wrong shape, dtype or device."""
+        """Return how many data x holds; raise InputError if it cannot be predicted at."""
 
     @abstractmethod
     def features(self, x: Tensor) -> Features:

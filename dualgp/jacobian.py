@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dualgp.basis import Basis, Features
 from dualgp.errors import BasisMismatchError, InputError
+from dualgp.kernels import JacobianBlock, NetworkJacobian
 from dualgp.linalg import GramSum, eigenpairs_above, row_chunks
 from dualgp.sites import Site
 
 Precision: TypeAlias = float | int | Tensor
 Outputs: TypeAlias = Literal["coupled", "independent"]
-
-
-@runtime_checkable
-class JacobianRows(Protocol):
-    """The Jacobian at n inputs, J [n, C, P], in whatever form its products are cheap; κ = J Jᵀ."""
-
-    @property
-    def f(self) -> Tensor: ...  # noqa: D102  # [n, C]
-    def dense(self) -> Tensor: ...  # noqa: D102  # J [n, C, P]
-    def matmul(self, U: Tensor, /) -> Tensor: ...  # noqa: D102  # J U [n, C, r]
-    def diag(self) -> Tensor: ...  # noqa: D102  # κ(x, x) [n, C, C]
-    def gram(self, other: Any, /) -> Tensor: ...  # noqa: D102  # κ(x, z) [n, C, m, C]
-    def gram_independent(self, other: Any, /) -> Tensor: ...  # noqa: D102  # κ(x, z) of each output [C, n, m]
-
-
-@runtime_checkable
-class Jacobian(Protocol):
-    """What the basis asks of a network at its trained weights θ*."""
-
-    @property
-    def num_params(self) -> int: ...  # noqa: D102
-    @property
-    def num_outputs(self) -> int: ...  # noqa: D102
-    @property
-    def shapes(self) -> Sequence[torch.Size]: ...  # noqa: D102  # of the parameter tensors, in their order in θ
-    @property
-    def input_shape(self) -> torch.Size: ...  # noqa: D102
-    @property
-    def dtype(self) -> torch.dtype: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
-    def block(self, x: Tensor, /) -> JacobianRows: ...  # noqa: D102
-    def blocks(self, x: Tensor, /) -> Iterator[tuple[slice, JacobianRows]]: ...  # noqa: D102
-    def scaled(self, scales: Tensor, /) -> Jacobian: ...  # noqa: D102  # J diag(s), one s per parameter tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +27,18 @@ class _Span:
     φ = J where both are None.
     """
 
-    jacobian: Jacobian
+    jacobian: NetworkJacobian
     rank_tol: float = 0.0
     Z: Tensor | None = None
-    at_Z: JacobianRows | None = None
+    at_Z: JacobianBlock | None = None
     W: Tensor | None = None
     Phi: Tensor | None = None
 
-    def phi(self, rows: JacobianRows) -> Tensor:
+    def phi(self, rows: JacobianBlock) -> Tensor:
         """φ of rows, [n, C, r], or [C, n, r] output by output."""
         if self.Phi is not None:
             return rows.matmul(self.Phi)
-        if self.W is None:
+        if self.W is None or self.at_Z is None:
             return rows.dense()
         if self.W.ndim == 3:
             return rows.gram_independent(self.at_Z) @ self.W
@@ -96,7 +63,9 @@ class JacobianBasis(Basis):
         tensor([[2.2500]])
     """
 
-    def __init__(self, jacobian: Jacobian, prior_precision: Precision, span: _Span, *, coupled: bool = True) -> None:
+    def __init__(
+        self, jacobian: NetworkJacobian, prior_precision: Precision, span: _Span, *, coupled: bool = True
+    ) -> None:
         self.jacobian = jacobian
         self.prior_precision = prior_precision
         self._span = span
@@ -108,11 +77,11 @@ class JacobianBasis(Basis):
         self.has_residual = span.W is not None or span.Phi is not None
 
     @classmethod
-    def of_weights(cls, jacobian: Jacobian, prior_precision: Precision) -> JacobianBasis:
+    def of_weights(cls, jacobian: NetworkJacobian, prior_precision: Precision) -> JacobianBasis:
         """Return the basis of all P weights: w = √τ(θ − θ*), φ = J/√τ, no residual. Takes P² numbers.
 
         Args:
-            jacobian: of the trained network, for instance `NetworkJacobian`.
+            jacobian: of the trained network, `dualgp.kernels.NetworkJacobian`.
             prior_precision: τ > 0, of the prior on the weights beside a loss that is summed over data; or a tensor
                 with one value for each parameter tensor.
 
@@ -125,7 +94,7 @@ class JacobianBasis(Basis):
     @torch.no_grad()
     def at_inputs(
         cls,
-        jacobian: Jacobian,
+        jacobian: NetworkJacobian,
         Z: Tensor,
         prior_precision: Precision,
         *,
@@ -221,12 +190,12 @@ class JacobianBasis(Basis):
         change = _per_tensor(self.jacobian, prior_precision) / self._tau
         if bool((change - change[0]).abs().max() <= 1e-14 * change[0]):
             return JacobianBasis(self.jacobian, prior_precision, self._span, coupled=self.coupled)
-        if not self.has_residual:
-            return JacobianBasis.of_weights(self.jacobian, prior_precision)
-        span = self._span
-        assert span.Z is not None
+        Z, tol = self._span.Z, self._span.rank_tol
+        if Z is None or not self.has_residual:
+            span = replace(self._span, jacobian=_relative(self.jacobian, prior_precision))
+            return JacobianBasis(self.jacobian, prior_precision, span)
         outputs: Outputs = "coupled" if self.coupled else "independent"
-        return JacobianBasis.at_inputs(self.jacobian, span.Z, prior_precision, outputs=outputs, rank_tol=span.rank_tol)
+        return JacobianBasis.at_inputs(self.jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
 
     def carry(self, site: Site, new: Basis) -> Site:
         """Return a site on this basis as one under another prior precision τ': w = √(τ/τ') w', exactly.
@@ -251,12 +220,12 @@ class JacobianBasis(Basis):
 
     def _row_width(self) -> int:
         """Numbers that a datum takes on its way to its features."""
-        C, Z = self.jacobian.num_outputs, self._span.Z
-        if self._span.W is None or Z is None:
+        C, at_Z = self.num_outputs, self._span.at_Z
+        if at_Z is None:
             return C * self.jacobian.num_params
-        return C * len(Z) * (C if self.coupled else 1)
+        return C * len(at_Z) * (C if self.coupled else 1)
 
-    def _features(self, rows: JacobianRows) -> Features:
+    def _features(self, rows: JacobianBlock) -> Features:
         phi = self._span.phi(rows) * self._sd
         f = rows.f.double()
         if not self.has_residual:
@@ -269,14 +238,14 @@ class JacobianBasis(Basis):
         return Features(phi, var.mT, f.mT)
 
 
-def _check_inputs(jacobian: Jacobian, x: Tensor) -> int:
+def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
     shape = tuple(jacobian.input_shape)
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
         raise InputError(f"Inputs must have shape {('T', *shape)}, got {tuple(x.shape)}.")
     return len(x)
 
 
-def _per_tensor(jacobian: Jacobian, prior_precision: Precision) -> Tensor:
+def _per_tensor(jacobian: NetworkJacobian, prior_precision: Precision) -> Tensor:
     """The prior precision of each parameter tensor, in float64."""
     tau = torch.as_tensor(prior_precision, dtype=torch.float64).detach().cpu()
     count = len(jacobian.shapes)
@@ -290,30 +259,40 @@ def _per_tensor(jacobian: Jacobian, prior_precision: Precision) -> Tensor:
     return tau.expand(count)
 
 
-def _relative(jacobian: Jacobian, prior_precision: Precision) -> Jacobian:
+def _relative(jacobian: NetworkJacobian, prior_precision: Precision) -> NetworkJacobian:
     """J in units of the prior, but for the one factor 1/√τ₀ of all parameters: J diag(√(τ₀/τ))."""
     tau = _per_tensor(jacobian, prior_precision)
     return jacobian if bool((tau == tau[0]).all()) else jacobian.scaled((tau[0] / tau).sqrt())
 
 
-def _coupled_span(jacobian: Jacobian, Z: Tensor, tol: float) -> _Span:
+def _coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
     """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
     P = jacobian.num_params
     if len(Z) * jacobian.num_outputs < P:
         at_Z = jacobian.block(Z)
-        values, vectors = eigenpairs_above(at_Z.gram(at_Z).flatten(2).flatten(0, 1).double(), tol)
-        return _Span(jacobian, tol, Z, at_Z, W=(vectors * values.rsqrt()).to(jacobian.dtype))
+        return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram(at_Z).flatten(2).flatten(0, 1), tol))
     total = GramSum(torch.Size(), P, jacobian.device)
     for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
         for _, rows in jacobian.blocks(Z[outer]):
             J = rows.dense().flatten(0, 1).double()
             total.add(J, torch.ones_like(J[:, 0]))
-    _, Phi = eigenpairs_above(total.total(), tol)
+    _, Phi = eigenpairs_above(_checked(total.total()), tol)
     return _Span(jacobian, tol, Z, Phi=None if Phi.shape[-1] == P else Phi.to(jacobian.dtype))
 
 
-def _independent_span(jacobian: Jacobian, Z: Tensor, tol: float) -> _Span:
+def _independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
     """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
     at_Z = jacobian.block(Z)
-    values, vectors = eigenpairs_above(at_Z.gram_independent(at_Z).double(), tol)
-    return _Span(jacobian, tol, Z, at_Z, W=(vectors * values.rsqrt().unsqueeze(-2)).to(jacobian.dtype))
+    return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram_independent(at_Z), tol))
+
+
+def _inverse_root(K: Tensor, tol: float) -> Tensor:
+    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64."""
+    values, vectors = eigenpairs_above(_checked(K.double()), tol)
+    return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
+
+
+def _checked(K: Tensor) -> Tensor:
+    if not bool((K.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).all()):
+        raise InputError("The network does not depend on its parameters at Z: its Jacobian there is zero.")
+    return K

@@ -16,11 +16,11 @@ from dualgp.errors import BasisMismatchError, InputError
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
-B = TypeVar("B", bound=Basis, covariant=True, default=InducingBasis)
-NewB = TypeVar("NewB", bound=Basis)
+BasisT = TypeVar("BasisT", bound=Basis, covariant=True, default=InducingBasis)
+NewT = TypeVar("NewT", bound=Basis)
 
 
-class Posterior(Generic[B]):
+class Posterior(Generic[BasisT]):
     """q(w) = N(P⁻¹λ, P⁻¹) with P = I + B: the standard normal prior of a basis, times the site (λ, B).
 
     A value: every verb (`add`, `remove`, `scale`, `temper`, `rebase`) returns a new posterior and leaves this one as
@@ -46,7 +46,7 @@ class Posterior(Generic[B]):
         [0.5, 0.5]
     """
 
-    def __init__(self, basis: B, site: Site | None = None) -> None:
+    def __init__(self, basis: BasisT, site: Site | None = None) -> None:
         is_prior = site is None
         if site is None:
             site = Site.zero(basis.batch_shape, basis.size, basis.device)
@@ -67,7 +67,7 @@ class Posterior(Generic[B]):
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [*batch, T] or [*batch, T, C], in blocks of bounded memory.
 
-        mean = μ + φᵀw̄,  var = r + φᵀP⁻¹φ.  Differentiable in x.
+        mean = μ + φᵀw̄,  var = r + φᵀP⁻¹φ.  Differentiable in x, of a process.
 
         Raises:
             InputError: if x has the wrong shape, dtype or device.
@@ -274,11 +274,11 @@ class Posterior(Generic[B]):
                 "the diagonal with sites.decoupled(mean), or a basis with outputs='coupled'."
             )
 
-    def add(self, x: Tensor, sites: Sites) -> Posterior[B]:
+    def add(self, x: Tensor, sites: Sites) -> Posterior[BasisT]:
         """Return the posterior with the sites of inputs x added. Errors as in `project`."""
         return Posterior(self.basis, self.site + self.project(x, sites))
 
-    def remove(self, x: Tensor, sites: Sites) -> Posterior[B]:
+    def remove(self, x: Tensor, sites: Sites) -> Posterior[BasisT]:
         """Return the posterior with the sites of inputs x taken out: the posterior without those data.
 
         Raises:
@@ -286,7 +286,7 @@ class Posterior(Generic[B]):
         """
         return Posterior(self.basis, self.site - self.project(x, sites))
 
-    def scale(self, factor: float | int) -> Posterior[B]:
+    def scale(self, factor: float | int) -> Posterior[BasisT]:
         """Return the posterior with every site scaled, prior · tᶠ: forgetting for factor < 1.
 
         Raises:
@@ -296,13 +296,13 @@ class Posterior(Generic[B]):
             raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
         return Posterior(self.basis, factor * self.site)
 
-    def temper(self, temperature: float | int) -> Posterior[B]:
+    def temper(self, temperature: float | int) -> Posterior[BasisT]:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0 (see `scale`)."""
         if not temperature > 0:
             raise InputError(f"The temperature must be positive, got {temperature}.")
         return self.scale(1.0 / temperature)
 
-    def rebase(self, basis: NewB) -> Posterior[NewB]:
+    def rebase(self, basis: NewT) -> Posterior[NewT]:
         """Return this posterior's site pulled back to another basis: Z moved, or hyperparameters changed.
 
         Raises:

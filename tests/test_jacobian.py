@@ -4,13 +4,12 @@ import pytest
 import reference as ref
 import torch
 from gpytorch.likelihoods import MultitaskGaussianLikelihood, SoftmaxLikelihood
-from networks import DenseJacobian, dense_of, mlp
+from networks import engine, jacobian, mlp
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from toys import F64, at, gap, put, unchecked
 
 from dualgp import JacobianBasis, Posterior, Sites, errors, laplace_sites
-from dualgp.kernels import NetworkJacobian
 
 TAU = 0.7
 SOFTMAX = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
@@ -21,10 +20,11 @@ def inputs(n: int, seed: int = 1) -> Tensor:
 
 
 X, TEST = inputs(30), inputs(7, 2)
-JAC = dense_of(mlp())  # P = 27
+NET = mlp()  # P = 27
+JAC = engine(NET, X)
 Y = torch.arange(30) % 3
 S = laplace_sites(SOFTMAX, Y, JAC(X))
-J, J_TEST = JAC.block(X).J, JAC.block(TEST).J
+J, J_TEST = jacobian(NET, X), jacobian(NET, TEST)
 
 
 def weights(tau: float | Tensor = TAU) -> Posterior[JacobianBasis]:
@@ -83,7 +83,7 @@ def test_the_mean_moves_by_what_the_sites_pull():
     ids=["5", "10", "20", "14, each twice, more than the last layer has", "12, of three"],
 )
 def test_sparse_is_the_laplace_posterior_projected_on_what_Z_sees(Z):
-    expected = ref.projected_covariance(J, S.beta, TAU, J_TEST, JAC.block(Z).J)
+    expected = ref.projected_covariance(J, S.beta, TAU, J_TEST, jacobian(NET, Z))
     q = sparse(Z)
     assert gap(joint_cov(q), expected) < 1e-8
     mean, blocks = q.predict_blocks(TEST)
@@ -163,7 +163,7 @@ def test_order_and_chunks_change_nothing_and_a_second_time_is_the_first(name, mo
     again = q.project(X, sites), q.predict_blocks(X)
     assert torch.equal(whole[0].B, again[0].B)
     assert torch.equal(whole[1][1], again[1][1])
-    monkeypatch.setattr(JAC, "chunk", 100)
+    monkeypatch.setattr(JAC, "budget", 1 << 30)
     other = q.project(X[order], sites[order]), q.predict_blocks(X)
     assert gap(whole[0].B, other[0].B) < 1e-10
     assert gap(whole[0].lam, other[0].lam) < 1e-10
@@ -178,7 +178,7 @@ def test_order_and_chunks_change_nothing_and_a_second_time_is_the_first(name, mo
 def test_independent_outputs_are_processes_of_their_own():
     sites, cov = S.decoupled(JAC(X)), joint_cov_of(independent(X[:9]))
     for c in range(3):
-        J_c, at_c, Z_c = J[:, c : c + 1], J_TEST[:, c : c + 1], JAC.block(X[:9]).J[:, c : c + 1]
+        J_c, at_c, Z_c = J[:, c : c + 1], J_TEST[:, c : c + 1], jacobian(NET, X[:9])[:, c : c + 1]
         beta = sites.beta[:, c, None, None]
         expected = ref.projected_covariance(J_c, beta, TAU, at_c, Z_c)[:, 0, :, 0]
         assert gap(cov[c], expected) < 1e-8
@@ -187,17 +187,17 @@ def test_independent_outputs_are_processes_of_their_own():
 def test_outputs_of_different_rank_stand_side_by_side():
     net = mlp()
     net[2].weight.data[1] = 0.0  # this output does not see the first layer
-    jac = dense_of(net)
+    jac = engine(net, X)
     q = Posterior(JacobianBasis.at_inputs(jac, X[:9], TAU, outputs="independent")).add(X, S.decoupled(jac(X)))
     assert q.basis.size == 9
     kl = q.kl()
-    J_Z, cov = jac.block(X[:9]).J, joint_cov_of(q)
+    J_Z, cov = jacobian(net, X[:9]), joint_cov_of(q)
     for c in (0, 1):
         found = ref.projected_covariance(
-            jac.block(X).J[:, c : c + 1],
+            jacobian(net, X)[:, c : c + 1],
             S.decoupled(jac(X)).beta[:, c, None, None],
             TAU,
-            jac.block(TEST).J[:, c : c + 1],
+            jacobian(net, TEST)[:, c : c + 1],
             J_Z[:, c : c + 1],
         )
         assert gap(cov[c], found[:, 0, :, 0]) < 1e-8
@@ -243,13 +243,13 @@ def test_another_prior_precision_is_a_refit(name, tau):
 
 def test_a_prior_precision_per_tensor():
     tau = at(0.3, 5.0, 1.0, 20.0)
-    each = tau.repeat_interleave(JAC.sizes)
+    each = tau.repeat_interleave(torch.tensor([p.numel() for p in NET.parameters()]))
     expected = ref.glm_covariance(J, S.beta, each, J_TEST)
     assert gap(joint_cov(weights(tau)), expected) < 1e-10
     assert gap(joint_cov(weights().rebase(weights().basis.with_prior_precision(tau))), expected) < 1e-10
     full = JacobianBasis.at_inputs(JAC, X[:5], TAU, rank_tol=1e-12).with_prior_precision(tau)
     scaled = each.rsqrt()
-    projected = ref.projected_covariance(J * scaled, S.beta, 1.0, J_TEST * scaled, JAC.block(X[:5]).J * scaled)
+    projected = ref.projected_covariance(J * scaled, S.beta, 1.0, J_TEST * scaled, jacobian(NET, X[:5]) * scaled)
     assert gap(joint_cov(Posterior(full).add(X, S)), projected) < 1e-8
     doubled = full.with_prior_precision(2 * tau)
     assert doubled.size == full.size
@@ -263,7 +263,7 @@ def test_a_site_does_not_cross_to_other_directions():
         q.basis.with_prior_precision(at(0.3, 5.0, 1.0, 20.0)),
         JacobianBasis.at_inputs(JAC, X[5:10], TAU),
         JacobianBasis.of_weights(JAC, TAU),
-        JacobianBasis.at_inputs(dense_of(mlp(seed=1)), X[:5], TAU),
+        JacobianBasis.at_inputs(engine(mlp(seed=1), X), X[:5], TAU),
         independent(X[:9]).basis,
     ):
         with pytest.raises(errors.BasisMismatchError, match="project the data anew"):
@@ -311,7 +311,7 @@ class WithShift(nn.Module):
 
 
 def test_a_prior_on_a_shift_of_all_logits_changes_no_probability():
-    jac = DenseJacobian(WithShift(mlp(), 4.0), TEST[:1])
+    jac = engine(WithShift(mlp(), 4.0), X)
     more = Posterior(JacobianBasis.of_weights(jac, TAU)).add(X, S)
     (mean, cov), (mean_2, cov_2) = weights().predict_blocks(TEST), more.predict_blocks(TEST)
     shift = 4.0 / TAU**0.5
@@ -324,7 +324,7 @@ def test_a_prior_on_a_shift_of_all_logits_changes_no_probability():
 
 
 def test_float32_networks_are_close_to_float64_ones():
-    jac = dense_of(mlp(dtype=torch.float32))
+    jac = engine(mlp(dtype=torch.float32), X.float())
     for basis, exact in (
         (JacobianBasis.of_weights(jac, TAU), weights()),
         (JacobianBasis.at_inputs(jac, X[:5].float(), TAU), sparse(X[:5])),
@@ -336,31 +336,19 @@ def test_float32_networks_are_close_to_float64_ones():
         assert gap(cov, exact.predict_blocks(TEST)[1]) < 1e-4
 
 
-@pytest.mark.parametrize("name", QS)
-def test_the_layered_engine_makes_the_same_posterior(name, monkeypatch):
-    dense = QS[name]()
-    monkeypatch.setitem(globals(), "JAC", NetworkJacobian(mlp(), X[:3]))
-    q = QS[name]()
-    assert q.basis.jacobian is JAC
-    assert gap(joint_cov_of(q), joint_cov_of(dense)) < 1e-9
-    assert gap(q.predict(TEST)[0], dense.predict(TEST)[0]) < 1e-9
-    tau = at(0.3, 5.0, 1.0, 20.0)
-    assert gap(*(Posterior(p.basis.with_prior_precision(tau)).predict(TEST)[1] for p in (q, dense))) < 1e-9
-
-
 def test_images_through_convolutions():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 3)).double()
     x = torch.randn(8, 1, 6, 6, dtype=F64)
-    jac = NetworkJacobian(net, x)
+    jac = engine(net, x)
     sites = laplace_sites(SOFTMAX, Y[:8], jac(x))
     q = Posterior(JacobianBasis.at_inputs(jac, x, TAU)).add(x, sites)
-    J = jac.block(x).dense()
+    J = jacobian(net, x)
     assert gap(q.predict_blocks(x)[1], torch.einsum("ncnd->ncd", ref.glm_covariance(J, sites.beta, TAU, J))) < 1e-8
 
 
 def test_one_output_and_no_data():
     net = mlp(outputs=1)
-    q = Posterior(JacobianBasis.at_inputs(dense_of(net), X[:4], TAU))
+    q = Posterior(JacobianBasis.at_inputs(engine(net, X), X[:4], TAU))
     assert q.predict(TEST)[0].shape == (7, 1)
     assert gap(q.predict(TEST)[0], net(TEST)) < 1e-14
     for name, build in QS.items():
@@ -376,7 +364,7 @@ def test_one_output_and_no_data():
 def test_networks_of_tokens_take_integers():
     net = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 3)).double()
     tokens = torch.randint(5, (20, 3))
-    jac = DenseJacobian(net, tokens[:1])
+    jac = engine(net, tokens)
     q = Posterior(JacobianBasis.at_inputs(jac, tokens[:4], TAU)).add(
         tokens, laplace_sites(SOFTMAX, Y[:20], jac(tokens))
     )
@@ -411,8 +399,8 @@ def test_what_does_not_fit_is_refused():
         weights().add(X, Sites(S.lam[:, :2], S.beta[:, :2, :2], multi_output=True))
     with pytest.raises(errors.InputError, match="decoupled"):
         independent(X[:5]).add(X, S)
-    dead = mlp()
-    dead[2].weight.data.zero_()
-    dead[0].weight.data.fill_(float("nan"))
-    with pytest.raises(errors.InputError, match="zero or not finite"):
-        JacobianBasis.at_inputs(dense_of(dead), X[:3], TAU)
+    dead = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2, bias=False)).double()
+    for p in dead.parameters():
+        p.data.fill_(-1.0)
+    with pytest.raises(errors.InputError, match="does not depend on its parameters"):
+        JacobianBasis.at_inputs(engine(dead, X), X[:3].abs(), TAU)
