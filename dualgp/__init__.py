@@ -11,6 +11,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
+| linearised network, Laplace | prior + Σ tᵢ at θ* | `JacobianBasis`, `laplace_sites` |
 | new data, without refitting | q + t_new | `Posterior.add` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |
@@ -29,6 +30,8 @@ from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
 from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
+from dualgp.jacobian import JacobianBasis
+from dualgp.laplace import laplace_sites
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -42,6 +45,7 @@ __all__ = [
     "DualParameters",
     "FitResult",
     "InducingBasis",
+    "JacobianBasis",
     "Memory",
     "Posterior",
     "Site",
@@ -51,6 +55,7 @@ __all__ = [
     "errors",
     "expected_log_prob",
     "greedy_variance",
+    "laplace_sites",
     "likelihoods",
     "log_predictive",
     "predictive_distribution",

@@ -1,7 +1,8 @@
-"""The inducing basis: a Gaussian process seen through M inducing inputs, in whitened coordinates."""
+"""What the posterior asks of a basis, and the inducing basis: a process seen through M inputs, whitened."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,24 +16,115 @@ from torch import Tensor
 
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
-from dualgp.linalg import psd_cholesky, row_chunks, tri_inverse, whiten
+from dualgp.linalg import GramSum, psd_cholesky, psd_part, row_chunks, tri_inverse, whiten
+from dualgp.sites import Site, Sites
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a basis says of a block of inputs: φ [*b, n, M], prior variance k(x, x) [*b, n], prior mean μ [*b, n]."""
+    """What a basis says of a block of inputs: φ [*b, n, M], prior variance k(x, x) [*b, n], prior mean μ [*b, n].
+
+    A basis of coupled outputs has a row for each output of each datum, data first: n = data · C. Its `prior_block` are
+    the prior covariances [data, C, C] between the outputs of a datum; None where nothing is left of them beside φφᵀ.
+    """
 
     phi: Tensor
     prior_var: Tensor
     prior_mean: Tensor
+    prior_block: Tensor | None = None
 
     @cached_property
     def residual(self) -> Tensor:
         """R = k − φᵀφ in float64; ≥ 0 on paper, and cut there where rounding takes it below."""
         return (self.prior_var - self.phi.square().sum(-1).double()).clamp_min(0.0)
 
+    @property
+    def residual_block(self) -> Tensor | None:
+        """The residual covariances [data, C, C] of coupled outputs in float64, ⪰ 0; None where there are none."""
+        if self.prior_block is None:
+            return None
+        phi = self.phi.double().unflatten(0, self.prior_block.shape[:2])
+        return psd_part(self.prior_block - phi @ phi.mT)
 
-class InducingBasis:
+
+class Basis(ABC):
+    """Coordinates w ~ N(0, I) of f(x) = μ(x) + φ(x)ᵀw + r(x): what `Posterior` asks, of Gaussian process or network.
+
+    Attributes:
+        batch_shape: one process each; ends in C where outputs are processes of their own.
+        num_outputs: C, or None for one output without a dimension of its own.
+        coupled: whether the C outputs share w, each with features of its own, so that data couple them.
+        has_residual: whether r(x) is not zero.
+    """
+
+    batch_shape: torch.Size
+    num_outputs: int | None
+    coupled: bool = False
+    has_residual: bool = True
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of coordinates."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of n × M work and of predictions."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the basis lives."""
+
+    @abstractmethod
+    def check_inputs(self, x: Tensor) -> int:
+        """Return how many data x holds; raise InputError if it cannot be predicted at."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Features:
+        """Return the features of all of x at once."""
+
+    @abstractmethod
+    def blocks(self, x: Tensor) -> Iterator[tuple[slice, Features]]:
+        """Yield (data, features) of blocks of x of bounded memory."""
+
+    @abstractmethod
+    def residual_covariance(self, x: Tensor, phi: Tensor) -> Tensor:
+        """Return k(x, x) − φφᵀ between all rows of the features, in float64."""
+
+    @abstractmethod
+    def carry(self, site: Site, new: Basis) -> Site:
+        """Return a site on this basis as one on another; raise BasisMismatchError where it cannot cross."""
+
+
+class SiteSum:
+    """A running sum, block by block, of the sites that per-datum (λ, β) make on w: Σ (φᵢ(λᵢ − βᵢμᵢ), βᵢφᵢφᵢᵀ)."""
+
+    def __init__(self, basis: Basis) -> None:
+        self._lam = Site.zero(basis.batch_shape, basis.size, basis.device).lam
+        self._gram = GramSum(basis.batch_shape, basis.size, basis.device)
+
+    def add(self, features: Features, lam: Tensor, beta: Tensor) -> None:
+        """Add a block of data; λ and β have their data last."""
+        self._add(features.phi, lam - beta * features.prior_mean, features.phi, beta)
+
+    def add_coupled(self, features: Features, sites: Sites) -> None:
+        """Add a block of data of a basis of coupled outputs: B += Σ (Rᵢᵀφᵢ)ᵀ(Rᵢᵀφᵢ), with RᵢRᵢᵀ = βᵢ."""
+        alpha = sites.alpha(features.prior_mean.reshape(sites.lam.shape)).flatten()
+        phi = features.phi
+        self._add(phi, alpha, *sites.rotate(phi.unflatten(0, sites.lam.shape)))
+
+    def _add(self, phi: Tensor, alpha: Tensor, rows: Tensor, weights: Tensor) -> None:
+        self._lam = self._lam + (phi.mT @ alpha.to(phi.dtype).unsqueeze(-1)).squeeze(-1)
+        self._gram.add(rows, weights)
+
+    def site(self) -> Site:
+        """Return the sum so far."""
+        return Site(self._lam.clone(), self._gram.total())
+
+
+class InducingBasis(Basis):
     """f(x) = μ(x) + φ(x)ᵀw + r(x), with φ(x) = L⁻¹k(Z, x), L = chol K_zz, w ~ N(0, I), r of variance k − φᵀφ.
 
     w are the whitened inducing values: u = f(Z) = μ(Z) + L w. The basis owns frozen float64 copies of the kernel and
@@ -121,6 +213,26 @@ class InducingBasis:
         """M."""
         return self.inducing_points.shape[-2]
 
+    @property
+    def size(self) -> int:
+        """The number of coordinates, M."""
+        return self.num_inducing
+
+    def check_inputs(self, x: Tensor) -> int:
+        """Return how many data x [*batch, T, D] holds.
+
+        Raises:
+            InputError: if x has the wrong shape, dtype or device.
+        """
+        d = self.inducing_points.shape[-1]
+        if x.ndim < 2 or x.shape[-1] != d:
+            raise InputError(f"Inputs must have shape [*batch, T, {d}], got {tuple(x.shape)}.")
+        if x.dtype != self.dtype or x.device != self.device:
+            raise InputError(
+                f"Inputs must be {self.dtype} on {self.device}, got {x.dtype} on {x.device}; use x.to(...)."
+            )
+        return x.shape[-2]
+
     def is_of(self, kernel: Kernel, mean: Mean | None) -> bool:
         """Return whether the basis was built at the present values of these modules."""
         return _same_values(self.kernel, kernel) and _same_values(self.mean, mean)
@@ -150,6 +262,16 @@ class InducingBasis:
         """Yield (rows, features) of blocks of x that stay in cache."""
         for rows in row_chunks(x.shape[-2], self.num_inducing, self.dtype, self.device):
             yield rows, self.features(x[..., rows, :])
+
+    def residual_covariance(self, x: Tensor, phi: Tensor) -> Float[Tensor, "*b n n"]:
+        """Return k(x, x) − φφᵀ in float64."""
+        return self.prior_covariance(self.expand(x)) - phi @ phi.mT
+
+    def carry(self, site: Site, new: Basis) -> Site:
+        """Return the site on another inducing basis; see `change_to`, also for what it raises."""
+        if not isinstance(new, InducingBasis):
+            raise BasisMismatchError(f"A site on inducing values does not cross to a {type(new).__name__}.")
+        return site.pull_back(*self.change_to(new))
 
     def change_to(self, new: InducingBasis) -> tuple[Tensor, Tensor]:
         """Return (A, shift) with w_self = A w_new + shift: how sites on this basis are read on the new one.

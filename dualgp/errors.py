@@ -13,7 +13,7 @@ class InputError(DualGPError, ValueError):
 
 
 class UnsupportedError(DualGPError, TypeError):
-    """A kernel, mean or likelihood that dualgp cannot use, found when the model is built."""
+    """A kernel, mean, likelihood or network that dualgp cannot use, found when the model is built."""
 
 
 class BasisMismatchError(DualGPError, ValueError):

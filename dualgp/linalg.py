@@ -94,6 +94,24 @@ def symmetrise(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
     return 0.5 * (matrix + matrix.mT)
 
 
+def eigenpairs_above(matrix: Float[Tensor, "*b m m"], tol: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues [*b, r] above tol · largest of a positive semi-definite matrix, and vectors [*b, m, r].
+
+    Matrices of a batch that have fewer than the others are filled up with the value 1 and the vector 0.
+    """
+    values, vectors = torch.linalg.eigh(symmetrise(matrix))
+    keep = values > tol * values[..., -1:]
+    r = int(keep.sum(-1).max())
+    values, vectors = torch.where(keep, values, 1.0), torch.where(keep.unsqueeze(-2), vectors, 0.0)
+    return values[..., -r:], vectors[..., -r:]
+
+
+def psd_part(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """Return the nearest positive semi-definite matrix, where rounding made negative eigenvalues of small matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+
+
 def mul_lower(
     rows: Float[Tensor, "*a n m"], lower: Float[Tensor, "*b m m"], *, transpose: bool = False
 ) -> Float[Tensor, "*c n m"]:

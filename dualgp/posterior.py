@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Generic
+
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
 from linear_operator import to_linear_operator
 from torch import Tensor
+from typing_extensions import TypeVar
 
-from dualgp.basis import Features, InducingBasis
+from dualgp.basis import Basis, Features, InducingBasis, SiteSum
 from dualgp.errors import BasisMismatchError, InputError
-from dualgp.linalg import GramSum, logdet, precision_cholesky, squared_norms, symmetrise, tri_inverse
+from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
+BasisT = TypeVar("BasisT", bound=Basis, covariant=True, default=InducingBasis)
+NewT = TypeVar("NewT", bound=Basis)
 
-class Posterior:
+
+class Posterior(Generic[BasisT]):
     """q(w) = N(P⁻¹λ, P⁻¹) with P = I + B: the standard normal prior of a basis, times the site (λ, B).
 
     A value: every verb (`add`, `remove`, `scale`, `temper`, `rebase`) returns a new posterior and leaves this one as
     it was. All M × M work is float64; predictions come back in the dtype of the basis. With outputs, per-datum
-    quantities have shape [..., T, C]; without, [..., T].
+    quantities have shape [..., T, C]; without, [..., T]. Inputs are x [*batch, T, D] for a process, in
+    the dtype and on the device of the basis, and [T, *input_shape] for a network.
 
     Args:
-        basis: the coordinates.
+        basis: the coordinates: `InducingBasis` or `JacobianBasis`.
         site: the sum of the data's sites on w; the prior itself if None.
 
     Raises:
@@ -39,19 +46,19 @@ class Posterior:
         [0.5, 0.5]
     """
 
-    def __init__(self, basis: InducingBasis, site: Site | None = None) -> None:
+    def __init__(self, basis: BasisT, site: Site | None = None) -> None:
         is_prior = site is None
         if site is None:
-            site = Site.zero(basis.batch_shape, basis.num_inducing, basis.device)
-        if site.lam.shape != (*basis.batch_shape, basis.num_inducing):
+            site = Site.zero(basis.batch_shape, basis.size, basis.device)
+        if site.lam.shape != (*basis.batch_shape, basis.size):
             raise BasisMismatchError(
-                f"The basis has coordinates {(*basis.batch_shape, basis.num_inducing)}, the site "
+                f"The basis has coordinates {(*basis.batch_shape, basis.size)}, the site "
                 f"{tuple(site.lam.shape)}. Use site.pull_back to carry it over."
             )
         self.basis = basis
         self.site = site
         self._is_prior = is_prior
-        eye = torch.eye(basis.num_inducing, dtype=torch.float64, device=basis.device)
+        eye = torch.eye(basis.size, dtype=torch.float64, device=basis.device)
         self.precision = eye + site.B  # P = I + B
         self.chol = precision_cholesky(self.precision)
         self.mean_w = torch.cholesky_solve(site.lam.unsqueeze(-1), self.chol).squeeze(-1)  # w̄ = P⁻¹λ
@@ -60,23 +67,85 @@ class Posterior:
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [*batch, T] or [*batch, T, C], in blocks of bounded memory.
 
-        mean = μ + φᵀw̄,  var = r + φᵀP⁻¹φ.  Differentiable in x.
-
-        Args:
-            x: inputs [*batch, T, D], in the dtype and on the device of the basis.
+        mean = μ + φᵀw̄,  var = r + φᵀP⁻¹φ.  Differentiable in x, of a process.
 
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        self.check_inputs(x)
+        self.basis.check_inputs(x)
         means, variances = [], []
         for _, features in self.basis.blocks(x):
             mean, var = self.marginals(features)
             means.append(mean)
             variances.append(var)
         if not means:
-            means = variances = [x.new_zeros((*self.basis.batch_shape, 0))]
+            means = variances = [self.mean_w.new_zeros((*self.basis.batch_shape, 0))]
         return self._present(means), self._present(variances)
+
+    def predict_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean [*batch, T, C] and covariance between the outputs of each datum [*batch, T, C, C].
+
+        C = 1 without outputs; diagonal where outputs are independent.
+
+        Raises:
+            InputError: if x has the wrong shape, dtype or device.
+        """
+        mean, cov = self._blocks(x, residual=True)
+        return mean.to(self.basis.dtype), cov.to(self.basis.dtype)
+
+    def function_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean [*batch, T, C] and parametric covariance φP⁻¹φᵀ [*batch, T, C, C] of each datum, in float64.
+
+        That part of the covariance which sites can change: no residual. Shapes as in `predict_blocks`.
+
+        Raises:
+            InputError: if x has the wrong shape, dtype or device.
+        """
+        return self._blocks(x, residual=False)
+
+    def function_cross(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the parametric covariance φ(x)P⁻¹φ(z)ᵀ, [*batch, T, C, T', C], in float64.
+
+        Raises:
+            InputError: if x or z has the wrong shape, dtype or device.
+        """
+        cross = self._halves(x) @ self._halves(z).mT
+        C = self.basis.num_outputs
+        if self.basis.coupled:
+            return cross.unflatten(-1, (-1, C)).unflatten(0, (-1, C))
+        if C is None:
+            return cross.unsqueeze(-2).unsqueeze(-1)
+        return torch.diag_embed(cross.movedim(-3, -1)).movedim(-2, -3)
+
+    def _half(self, phi: Tensor) -> Tensor:
+        """C⁻¹φ by rows, so that φP⁻¹φᵀ is a product of two; float64."""
+        return mul_lower(phi, self.chol_inv, transpose=True).double()
+
+    def _halves(self, x: Tensor) -> Tensor:
+        self.basis.check_inputs(x)
+        parts = [self._half(features.phi) for _, features in self.basis.blocks(x)]
+        return torch.cat(parts, -2) if parts else self.chol_inv[..., :0, :]
+
+    def _blocks(self, x: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
+        """Mean [*batch, T, C] and covariance [*batch, T, C, C], in float64."""
+        basis = self.basis
+        basis.check_inputs(x)
+        means, covs = [], []
+        for _, features in basis.blocks(x):
+            if basis.coupled:
+                half = self._half(features.phi).unflatten(0, (-1, basis.num_outputs))
+                cov = half @ half.mT
+                block = features.residual_block if residual else None
+                cov = cov if block is None else cov + block
+            else:
+                var = self.parametric_variance(features.phi) + (features.residual if residual else 0.0)
+                cov = torch.diag_embed(self._with_outputs(var))
+            means.append(self._with_outputs(self._mean(features)))
+            covs.append(cov)
+        if not means:
+            none = self._with_outputs(self.mean_w.new_zeros((*basis.batch_shape, 0)))
+            means, covs = [none], [torch.diag_embed(none)]
+        return torch.cat(means, -2), torch.cat(covs, -3)
 
     def marginals(self, features: Features) -> tuple[Tensor, Tensor]:
         """Return float64 mean and variance, data last, at given features (see `InducingBasis.features`)."""
@@ -84,8 +153,12 @@ class Posterior:
         if self._is_prior:  # w̄ = 0 and φᵀP⁻¹φ = φᵀφ: no product to take
             shape = (*self.basis.batch_shape, phi.shape[-2])
             return features.prior_mean.expand(shape), features.prior_var.expand(shape)
-        mean = features.prior_mean + (phi @ self.mean_w.to(phi.dtype).unsqueeze(-1)).squeeze(-1)
-        return mean, features.residual + self.parametric_variance(phi)
+        return self._mean(features), features.residual + self.parametric_variance(phi)
+
+    def _mean(self, features: Features) -> Tensor:
+        """μ + φᵀw̄ in float64, data last."""
+        phi = features.phi
+        return features.prior_mean + (phi @ self.mean_w.to(phi.dtype).unsqueeze(-1)).squeeze(-1)
 
     def parametric_variance(self, phi: Tensor) -> Tensor:
         """Return φᵀP⁻¹φ in float64, data last: the part of the variance that sites can change."""
@@ -105,18 +178,24 @@ class Posterior:
         """
         mean, cov = self.joint(x)
         dtype = self.basis.dtype
-        joint = MultivariateNormal(mean.to(dtype), to_linear_operator(cov.to(dtype)))
+        covariance = to_linear_operator(cov.to(dtype))
+        if self.basis.coupled:
+            return MultitaskMultivariateNormal(self.by_output(mean).to(dtype), covariance)
+        joint = MultivariateNormal(mean.to(dtype), covariance)
         return joint if self.basis.num_outputs is None else MultitaskMultivariateNormal.from_batch_mvn(joint)
 
     def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data."""
-        self.check_inputs(x)
+        """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data.
+
+        Coupled outputs are rows beside the data, data first: [T · C] and [T · C, T · C].
+        """
         basis = self.basis
+        basis.check_inputs(x)
         features = basis.features(x)
         phi = features.phi.double()
         mean = features.prior_mean + (phi @ self.mean_w.unsqueeze(-1)).squeeze(-1)
         half = phi @ self.chol_inv.mT
-        cov = symmetrise(basis.prior_covariance(basis.expand(x)) - phi @ phi.mT + half @ half.mT)
+        cov = symmetrise(basis.residual_covariance(x, phi) + half @ half.mT)
         batch = torch.broadcast_shapes(basis.batch_shape, cov.shape[:-2])
         cov = cov.expand(*batch, *cov.shape[-2:])
         return mean.expand(cov.shape[:-1]), cov
@@ -124,16 +203,19 @@ class Posterior:
     def sample(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return joint draws of f(x), shape [S, *batch, T] or [S, *batch, T, C].
 
-        Drawn by an eigendecomposition, since the covariance of close inputs is singular to rounding; no jitter.
+        Drawn by an eigendecomposition, since the covariance of close inputs is singular to rounding; no jitter. A
+        basis without residual is drawn from in w, in blocks of x.
 
         Args:
-            x: inputs [*batch, T, D].
+            x: inputs, as in `predict`.
             num_samples: S ≥ 1.
             generator: source of randomness; torch's default one otherwise.
 
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
+        if not self.basis.has_residual:
+            return self._sample_weights(x, num_samples, generator)
         joint = self.predict_joint(x)
         if isinstance(joint, MultitaskMultivariateNormal):
             cov = joint.covariance_matrix.double()
@@ -146,29 +228,57 @@ class Posterior:
         draws = mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
         return draws.reshape(num_samples, *joint.mean.shape).to(self.basis.dtype)
 
+    def _sample_weights(self, x: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Draws of f = μ + φw at one draw of w for all x: w = w̄ + C⁻ᵀε, of covariance P⁻¹."""
+        self.basis.check_inputs(x)
+        shape = (num_samples, *self.mean_w.shape)
+        noise = torch.randn(shape, dtype=self.mean_w.dtype, device=self.mean_w.device, generator=generator)
+        w = self.mean_w + (noise.unsqueeze(-2) @ self.chol_inv).squeeze(-2)
+        parts = [noise.new_zeros(*shape[:-1], 0)]
+        for _, features in self.basis.blocks(x):
+            drawn = (features.phi @ w.to(features.phi.dtype).unsqueeze(-1)).squeeze(-1)
+            parts.append(features.prior_mean + drawn)
+        return self._present(parts)
+
     def project(self, x: Tensor, sites: Sites) -> Site:
-        """Return the site on w that per-datum `sites` at inputs x make: Σᵢ (φᵢ(λᵢ − βᵢμᵢ), βᵢ φᵢφᵢᵀ), in blocks.
+        """Return the site on w that per-datum `sites` at inputs x make: Σᵢ φᵢᵀ(λᵢ − βᵢμᵢ), Σᵢ φᵢᵀβᵢφᵢ, in blocks.
+
+        Coupled sites make B = Σᵢ (Rᵢᵀφᵢ)ᵀ(Rᵢᵀφᵢ), with RᵢRᵢᵀ = βᵢ: positive semi-definite by construction.
 
         Raises:
             InputError: if x and the sites do not fit the basis or each other.
         """
-        self.check_inputs(x)
-        if len(sites) != x.shape[-2] or sites.multi_output != (self.basis.num_outputs is not None):
-            raise InputError(
-                f"{x.shape[-2]} inputs and num_outputs={self.basis.num_outputs} need sites to match, got sites of "
-                f"shape {tuple(sites.lam.shape)} (multi_output={sites.multi_output})."
-            )
-        lam, beta = (s.to(x.device) for s in sites.by_latent())
+        self._check_sites(self.basis.check_inputs(x), sites)
+        sites = sites.to(self.basis.device)
         total = SiteSum(self.basis)
+        if self.basis.coupled:
+            for rows, features in self.basis.blocks(x):
+                total.add_coupled(features, sites[rows])
+            return total.site()
+        lam, beta = sites.by_latent()
         for rows, features in self.basis.blocks(x):
             total.add(features, lam[..., rows], beta[..., rows])
         return total.site()
 
-    def add(self, x: Tensor, sites: Sites) -> Posterior:
+    def _check_sites(self, n: int, sites: Sites) -> None:
+        C = self.basis.num_outputs
+        fits = sites.multi_output == (C is not None) and (C is None or sites.lam.shape[-1] == C)
+        if len(sites) != n or not fits:
+            raise InputError(
+                f"{n} inputs and num_outputs={C} need sites to match, got sites of shape {tuple(sites.lam.shape)} "
+                f"(multi_output={sites.multi_output})."
+            )
+        if sites.coupled and not self.basis.coupled:
+            raise InputError(
+                "Coupled sites need a basis whose outputs are coupled, and those of this one are independent; take "
+                "the diagonal with sites.decoupled(mean), or a basis with outputs='coupled'."
+            )
+
+    def add(self, x: Tensor, sites: Sites) -> Posterior[BasisT]:
         """Return the posterior with the sites of inputs x added. Errors as in `project`."""
         return Posterior(self.basis, self.site + self.project(x, sites))
 
-    def remove(self, x: Tensor, sites: Sites) -> Posterior:
+    def remove(self, x: Tensor, sites: Sites) -> Posterior[BasisT]:
         """Return the posterior with the sites of inputs x taken out: the posterior without those data.
 
         Raises:
@@ -176,7 +286,7 @@ class Posterior:
         """
         return Posterior(self.basis, self.site - self.project(x, sites))
 
-    def scale(self, factor: float | int) -> Posterior:
+    def scale(self, factor: float | int) -> Posterior[BasisT]:
         """Return the posterior with every site scaled, prior · tᶠ: forgetting for factor < 1.
 
         Raises:
@@ -186,19 +296,19 @@ class Posterior:
             raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
         return Posterior(self.basis, factor * self.site)
 
-    def temper(self, temperature: float | int) -> Posterior:
+    def temper(self, temperature: float | int) -> Posterior[BasisT]:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0 (see `scale`)."""
         if not temperature > 0:
             raise InputError(f"The temperature must be positive, got {temperature}.")
         return self.scale(1.0 / temperature)
 
-    def rebase(self, basis: InducingBasis) -> Posterior:
+    def rebase(self, basis: NewT) -> Posterior[NewT]:
         """Return this posterior's site pulled back to another basis: Z moved, or hyperparameters changed.
 
         Raises:
-            BasisMismatchError: see `InducingBasis.change_to`.
+            BasisMismatchError: see `InducingBasis.change_to` and `JacobianBasis.carry`.
         """
-        return Posterior(basis, self.site.pull_back(*self.basis.change_to(basis)))
+        return Posterior(basis, self.basis.carry(self.site, basis))
 
     def kl(self) -> Float[Tensor, "*b"]:
         """Return KL(q ‖ prior), summed over outputs, in nats.
@@ -206,8 +316,8 @@ class Posterior:
         ½ [tr P⁻¹ − M + log|P| + |w̄|²]
         """
         trace = self.chol_inv.square().sum((-2, -1))
-        kl = 0.5 * (trace - self.basis.num_inducing + logdet(self.chol) + self.mean_w.square().sum(-1))
-        return kl if self.basis.num_outputs is None else kl.sum(-1)
+        kl = 0.5 * (trace - self.basis.size + logdet(self.chol) + self.mean_w.square().sum(-1))
+        return kl if self.basis.num_outputs is None or self.basis.coupled else kl.sum(-1)
 
     def expected_log(self, site: Site | None) -> Tensor:
         """Return E_q[λᵀw − ½ wᵀBw] of a site on this basis, summed over outputs; 0 for None."""
@@ -219,39 +329,14 @@ class Posterior:
 
     def by_output(self, values: Tensor) -> Tensor:
         """Data last [*b, n] to outputs last [*batch, n, C]; nothing to do for one output."""
-        return values if self.basis.num_outputs is None else values.mT
+        C = self.basis.num_outputs
+        if self.basis.coupled:  # rows are outputs of data
+            return values.unflatten(-1, (-1, C))
+        return values if C is None else values.mT
+
+    def _with_outputs(self, values: Tensor) -> Tensor:
+        """Data last [*b, n] to [*batch, n, C], with C = 1 for one output."""
+        return values.unsqueeze(-1) if self.basis.num_outputs is None else self.by_output(values)
 
     def _present(self, parts: list[Tensor]) -> Tensor:
         return self.by_output(torch.cat(parts, -1)).to(self.basis.dtype)
-
-    def check_inputs(self, x: Tensor) -> None:
-        """Raise unless x can be predicted at.
-
-        Raises:
-            InputError: if x has the wrong shape, dtype or device.
-        """
-        d = self.basis.inducing_points.shape[-1]
-        if x.ndim < 2 or x.shape[-1] != d:
-            raise InputError(f"Inputs must have shape [*batch, T, {d}], got {tuple(x.shape)}.")
-        if x.dtype != self.basis.dtype or x.device != self.basis.device:
-            raise InputError(
-                f"Inputs must be {self.basis.dtype} on {self.basis.device}, got {x.dtype} on {x.device}; use x.to(...)."
-            )
-
-
-class SiteSum:
-    """A running sum, block by block, of the sites that per-datum (λ, β) make on w: Σ (φᵢ(λᵢ − βᵢμᵢ), βᵢφᵢφᵢᵀ)."""
-
-    def __init__(self, basis: InducingBasis) -> None:
-        self._lam = Site.zero(basis.batch_shape, basis.num_inducing, basis.device).lam
-        self._gram = GramSum(basis.batch_shape, basis.num_inducing, basis.device)
-
-    def add(self, features: Features, lam: Tensor, beta: Tensor) -> None:
-        """Add a block of data; λ and β have their data last."""
-        centred = (lam - beta * features.prior_mean).to(features.phi.dtype)
-        self._lam = self._lam + (features.phi.mT @ centred.unsqueeze(-1)).squeeze(-1)
-        self._gram.add(features.phi, beta)
-
-    def site(self) -> Site:
-        """Return the sum so far."""
-        return Site(self._lam.clone(), self._gram.total())

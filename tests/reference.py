@@ -109,3 +109,27 @@ def pivoted_cholesky(K: Tensor, count: int) -> list[int]:
         chosen.append(i)
         K = K - torch.outer(K[i], K[i]) / K[i, i]
     return chosen
+
+
+def glm_covariance(J: Tensor, B: Tensor, tau: float | Tensor, at: Tensor) -> Tensor:
+    """J(x)(G + diag τ)⁻¹J(x')ᵀ with G = Σ JᵢᵀBᵢJᵢ, [n, C, n, C]: Laplace in weight space. J [N, C, P], at [n, C, P]."""
+    G = torch.einsum("ncp,ncd,ndq->pq", J, B, J)
+    P = G + torch.diag(torch.as_tensor(tau, dtype=G.dtype).expand(len(G)))
+    return torch.einsum("ncp,pq,mdq->ncmd", at, torch.linalg.inv(P), at)
+
+
+def dual_covariance(J: Tensor, R: Tensor, tau: float, at: Tensor) -> Tensor:
+    """κ − κ(x, X)R(I + RᵀKR)⁻¹Rᵀκ(X, x'), [n, C, n, C]: the same in the space of NC function values, RRᵀ = B."""
+    J, x = (torch.einsum("ncd,ncp->ndp", R, J).flatten(0, 1), at.flatten(0, 1))
+    K = torch.eye(len(J), dtype=J.dtype) + J @ J.T / tau
+    V = x @ x.T / tau - x @ J.T @ torch.linalg.solve(K, J @ x.T) / tau**2
+    return V.reshape(*at.shape[:2], *at.shape[:2])
+
+
+def projected_covariance(J: Tensor, B: Tensor, tau: float, at: Tensor, J_Z: Tensor) -> Tensor:
+    """J[(I − ΦΦᵀ)/τ + Φ(ΦᵀGΦ + τI)⁻¹Φᵀ]Jᵀ, Φ an orthonormal basis of the row space of J_Z: what Z lets data change."""
+    _, s, Vh = torch.linalg.svd(J_Z.flatten(0, 1), full_matrices=False)
+    Phi = Vh[s.square() > 1e-7 * s[0].square()].T
+    inside = glm_covariance(J @ Phi, B, tau, at @ Phi)
+    rest = at - at @ Phi @ Phi.T
+    return inside + torch.einsum("ncp,mdp->ncmd", rest, rest) / tau

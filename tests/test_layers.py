@@ -18,7 +18,7 @@ FLOORS: dict[int, set[str]] = {
     1: {"linalg"},
     2: {"sites", "kernels", "quadrature", "likelihoods"},
     3: {"duals", "basis", "inducing", "distributed"},
-    4: {"posterior", "predictive"},
+    4: {"jacobian", "laplace", "posterior", "predictive"},
     5: {"influence"},
     6: {"gp", "nets", "optim", "transfer"},
     7: {"interop", "plotting"},

@@ -270,3 +270,38 @@ def test_adding_sites_is_differentiable_in_the_inputs():
     sites = random_sites(3)
     at = q.basis.inducing_points[:2]
     assert torch.autograd.gradcheck(lambda x: q.add(x, sites).predict(at), x.requires_grad_())
+
+
+@pytest.mark.parametrize("name", QS)
+def test_blocks_and_cross_are_cut_from_the_joint(name):
+    q = QS[name]()
+    C = q.basis.num_outputs or 1
+    (mean, var), (same, V), cross = q.predict(TEST), q.function_blocks(TEST), q.function_cross(TEST, X)
+    assert mean.reshape(9, C).shape == same.shape
+    assert cross.shape == (9, C, 40, C)
+    assert gap(same, mean.reshape(9, C)) < 1e-13
+    residual = torch.stack([f.residual.expand(*q.basis.batch_shape, 9) for _, f in q.basis.blocks(TEST)])
+    assert gap(V.diagonal(dim1=-2, dim2=-1) + residual.reshape(C, 9).T, var.reshape(9, C)) < 1e-13
+    assert gap(q.predict_blocks(TEST)[1], torch.diag_embed(var.reshape(9, C))) < 1e-13
+    assert gap(torch.einsum("ncnd->ncd", q.function_cross(TEST, TEST)), V) < 1e-13
+    # A linear site on one function value moves every other by its covariance with it.
+    lam = torch.zeros(40, C, dtype=F64)
+    lam[4, C - 1] = 1.0
+    lam = lam if q.basis.num_outputs else lam[:, 0]
+    moved = q.add(X, Sites(lam, 0 * lam, q.basis.num_outputs is not None)).function_blocks(TEST)[0]
+    assert gap(moved - same, cross[:, :, 4, C - 1]) < 1e-12
+
+
+def test_blocks_of_a_batch_have_its_shape():
+    q = Posterior(InducingBasis(rbf(), torch.stack([Z, Z * 0.9])))
+    mean, V = q.function_blocks(torch.stack([TEST, TEST]))
+    assert mean.shape == (2, 9, 1)
+    assert V.shape == (2, 9, 1, 1)
+    assert q.function_cross(TEST, X).shape == (2, 9, 1, 40, 1)
+    assert q.predict_blocks(torch.stack([TEST, TEST])[:, :0])[1].shape == (2, 0, 1, 1)
+
+
+def test_processes_take_no_coupled_sites():
+    sites = Sites(torch.zeros(40, 3, dtype=F64), torch.eye(3, dtype=F64).expand(40, 3, 3), multi_output=True)
+    with pytest.raises(errors.InputError, match="decoupled"):
+        three().add(X, sites)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from toys import F64, at, gap, random_sites
 
 from dualgp import Site, Sites, errors
@@ -135,3 +136,71 @@ def test_sites_that_do_not_belong_together_are_refused():
         Sites(torch.zeros(3), torch.zeros(3), multi_output=True)
     with pytest.raises(errors.InputError, match="M, M"):
         Site(torch.zeros(3), torch.zeros(3, 4))
+
+
+def coupled(n: int, seed: int = 0, *, root: bool = True) -> Sites:
+    g = torch.Generator().manual_seed(seed)
+    R = torch.randn(n, 3, 3, generator=g, dtype=F64)
+    R[:, :, 0] = 0.0  # singular
+    return Sites(torch.randn(n, 3, generator=g, dtype=F64), R @ R.mT, True, R if root else None)
+
+
+def log_factors(sites: Sites, f: Tensor) -> Tensor:
+    return (sites.lam * f).sum((-2, -1)) - 0.5 * torch.einsum("snc,ncd,snd->s", f, sites.beta, f)
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_coupled_sites_pull_back_to_the_product_of_their_factors(root):
+    sites, phi, offset = coupled(6, root=root), torch.randn(6, 3, 4, dtype=F64), torch.randn(6, 3, dtype=F64)
+    w = torch.randn(5, 4, dtype=F64)
+    site = sites.pull_back(phi, offset)
+    difference = log_factors(sites, offset + torch.einsum("ncm,sm->snc", phi, w)) - log_factor(site, w)
+    assert gap(difference, difference[:1]) < 1e-10
+
+
+def test_coupled_sites_that_are_not_positive_pull_back_too():
+    a, b, phi = coupled(6), coupled(6, 1), torch.randn(6, 3, 4, dtype=F64)
+    assert gap((a - b).pull_back(phi).B, a.pull_back(phi).B - b.pull_back(phi).B) < 1e-12
+    assert torch.linalg.eigvalsh((a - b).pull_back(phi).B).min() < 0
+
+
+def test_coupled_sites_of_a_diagonal_are_independent_ones():
+    sites, f = random_sites(6, 3, multi=True), torch.randn(6, 3, dtype=F64)
+    blocks = Sites(sites.lam, torch.diag_embed(sites.beta), multi_output=True)
+    assert gap(blocks.alpha(f), sites.alpha(f)) < 1e-15
+    for a in (blocks, sites):
+        assert gap(a.decoupled(f).lam, sites.lam) < 1e-14
+        assert gap(a.decoupled(f).beta, sites.beta) == 0
+
+
+def test_a_root_stays_where_it_is_one():
+    a = coupled(6)
+    tensor = torch.rand(6, 1, dtype=F64)
+    kept = [a[2], a[slice(1, 4)], a[torch.tensor([True] * 3 + [False] * 3)], a[[5, 0]]]
+    kept += [Sites.cat([a[2], a]), 0.3 * a, a * tensor, 0.0 * a, a.to(torch.device("cpu"))]
+    for sites in kept:
+        assert sites.coupled
+        assert gap(sites.root @ sites.root.mT, sites.beta) < 1e-14
+    assert gap((a * tensor).beta, a.beta * tensor.unsqueeze(-1)) < 1e-15
+    assert gap((a * tensor).lam, a.lam * tensor) < 1e-15
+    for sites in (a + a, a - a, -1.0 * a, a * -tensor, Sites.cat([a, a + a])):
+        assert sites.coupled
+        assert sites.root is None
+    assert gap(Sites.cat([a[slice(0, 2)], a[slice(2, 6)]]).beta, a.beta) == 0
+    assert gap((a + a - a).beta, a.beta) < 1e-14
+
+
+def test_coupled_sites_that_do_not_belong_together_are_refused():
+    a = coupled(6)
+    with pytest.raises(errors.InputError, match="C, C"):
+        Sites(a.lam, a.beta)
+    with pytest.raises(errors.InputError, match="root"):
+        Sites(a.lam, a.lam, True, a.root)
+    with pytest.raises(errors.InputError, match="root"):
+        Sites(a.lam, a.beta, True, a.root[:3])
+    with pytest.raises(errors.BasisMismatchError):
+        a + random_sites(6, 3, multi=True)
+    with pytest.raises(errors.BasisMismatchError, match="decoupled"):
+        Sites.cat([a, random_sites(6, 3, multi=True)])
+    with pytest.raises(errors.InputError, match="a number per datum"):
+        a * torch.ones(3)

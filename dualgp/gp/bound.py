@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualgp.basis import Features, InducingBasis
+from dualgp.basis import Features, InducingBasis, SiteSum
 from dualgp.duals import expected_log_prob
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.gp.hyper import Hyper
 from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
 from dualgp.linalg import GramSum, mul_lower, row_chunks, symmetrise
-from dualgp.posterior import Posterior, SiteSum
+from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
 

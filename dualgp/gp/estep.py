@@ -12,12 +12,12 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.basis import Features, InducingBasis
+from dualgp.basis import Features, InducingBasis, SiteSum
 from dualgp.duals import dual_parameters, is_gaussian
 from dualgp.errors import NotPositiveDefiniteError
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites, gaussian_spread
 from dualgp.linalg import row_chunks
-from dualgp.posterior import Posterior, SiteSum
+from dualgp.posterior import Posterior
 from dualgp.sites import Site, Sites
 
 _MIN_LR = 2.0**-20

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from dualgp.basis import SiteSum
 from dualgp.duals import dual_parameters
 from dualgp.errors import InputError
 from dualgp.gp.data import Data
@@ -14,7 +15,7 @@ from dualgp.gp.hybrid import Anchor, batch_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.progress import Progress
 from dualgp.gp.stop import Stop
-from dualgp.posterior import Posterior, SiteSum
+from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
 LR = 0.02  # of Adam at the start

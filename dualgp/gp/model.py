@@ -299,7 +299,7 @@ class DualGP(FittedGP):
             InputError: for data of the wrong shape, dtype, device or value.
         """
         data = self._check(X, y, **params)
-        self.posterior.check_inputs(X)
+        self.posterior.basis.check_inputs(X)
         return condition(self.posterior, self.likelihood, data)
 
     def save(self, path: str | PathLike[str]) -> None:

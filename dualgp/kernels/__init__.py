@@ -1,5 +1,6 @@
-"""Kernel matrices, a block of rows at a time."""
+"""Kernel matrices and network Jacobians, a block of rows at a time."""
 
+from dualgp.kernels.ntk import JacobianBlock, NetworkJacobian
 from dualgp.kernels.products import (
     check_kernel,
     cross_covariance,
@@ -9,4 +10,13 @@ from dualgp.kernels.products import (
     prior_covariance,
 )
 
-__all__ = ["check_kernel", "cross_covariance", "describe", "frozen_copy", "kernel_diagonal", "prior_covariance"]
+__all__ = [
+    "JacobianBlock",
+    "NetworkJacobian",
+    "check_kernel",
+    "cross_covariance",
+    "describe",
+    "frozen_copy",
+    "kernel_diagonal",
+    "prior_covariance",
+]

@@ -1,0 +1,300 @@
+"""The Jacobian basis: a trained network, linear in its weights around them, in whitened coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dualgp.basis import Basis, Features
+from dualgp.errors import BasisMismatchError, InputError
+from dualgp.kernels import JacobianBlock, NetworkJacobian
+from dualgp.linalg import GramSum, eigenpairs_above, row_chunks
+from dualgp.sites import Site
+
+Precision: TypeAlias = float | int | Tensor
+Outputs: TypeAlias = Literal["coupled", "independent"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """The directions of weight space that w spans, whatever the scale of the prior.
+
+    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output), or
+    φ = J where both are None.
+    """
+
+    jacobian: NetworkJacobian
+    rank_tol: float = 0.0
+    Z: Tensor | None = None
+    at_Z: JacobianBlock | None = None
+    W: Tensor | None = None
+    Phi: Tensor | None = None
+
+    def phi(self, rows: JacobianBlock) -> Tensor:
+        """φ of rows, [n, C, r], or [C, n, r] output by output."""
+        if self.Phi is not None:
+            return rows.matmul(self.Phi)
+        if self.W is None or self.at_Z is None:
+            return rows.dense()
+        if self.W.ndim == 3:
+            return rows.gram_independent(self.at_Z) @ self.W
+        return rows.gram(self.at_Z).flatten(2) @ self.W
+
+
+class JacobianBasis(Basis):
+    """f(x) = f(x; θ*) + φ(x)w + r(x): the network linearised at θ*, with prior θ ~ N(θ*, τ⁻¹I) and so w ~ N(0, I).
+
+    Made by `of_weights` (w are all the weights, nothing left out) or by `at_inputs` (w spans what a sample Z of inputs
+    sees, the rest keeps its prior). The C outputs share w, so data couple them; or each is a process of its own.
+    Not differentiable in x.
+
+    Source: Khan et al. 2019 (DNN2GP); Immer et al. 2021 (GLM predictive); Scannell et al. 2024 (SFR), with full blocks.
+
+    Example:
+        >>> from dualgp.kernels import NetworkJacobian
+        >>> from dualgp.posterior import Posterior
+        >>> jacobian = NetworkJacobian(torch.nn.Linear(1, 1, bias=False), torch.zeros(2, 1))
+        >>> q = Posterior(JacobianBasis.of_weights(jacobian, prior_precision=4.0))
+        >>> q.predict(torch.tensor([[3.0]]))[1]  # x²/τ
+        tensor([[2.2500]])
+    """
+
+    num_outputs: int
+
+    def __init__(
+        self, jacobian: NetworkJacobian, prior_precision: Precision, span: _Span, *, coupled: bool = True
+    ) -> None:
+        self.jacobian = jacobian
+        self.prior_precision = prior_precision
+        self._span = span
+        self._tau = _per_tensor(jacobian, prior_precision)
+        self._sd = float(self._tau[0].rsqrt())
+        self.coupled = coupled
+        self.num_outputs = jacobian.num_outputs
+        self.batch_shape = torch.Size([] if coupled else [self.num_outputs])
+        self.has_residual = span.W is not None or span.Phi is not None
+
+    @classmethod
+    def of_weights(cls, jacobian: NetworkJacobian, prior_precision: Precision) -> JacobianBasis:
+        """Return the basis of all P weights: w = √τ(θ − θ*), φ = J/√τ, no residual. Takes P² numbers.
+
+        Args:
+            jacobian: of the trained network, `dualgp.kernels.NetworkJacobian`.
+            prior_precision: τ > 0, of the prior on the weights beside a loss that is summed over data; or a tensor
+                with one value for each parameter tensor.
+
+        Raises:
+            InputError: if a prior precision is not positive and finite.
+        """
+        return cls(jacobian, prior_precision, _Span(_relative(jacobian, prior_precision)))
+
+    @classmethod
+    @torch.no_grad()
+    def at_inputs(
+        cls,
+        jacobian: NetworkJacobian,
+        Z: Tensor,
+        prior_precision: Precision,
+        *,
+        outputs: Outputs = "coupled",
+        rank_tol: float = 1e-7,
+    ) -> JacobianBasis:
+        """Return the basis of what the network's outputs at Z see of the weights: K_zz = κ(Z, Z) = VΛVᵀ.
+
+            φ(x) = κ(x, Z)VΛ^{-1/2},   r(x) of covariance κ(x, x) − φφᵀ,   κ(x, z) = J(x)J(z)ᵀ/τ
+
+        Directions whose eigenvalue is not above `rank_tol` of the largest are left to the residual, where they keep
+        their prior variance; no jitter. Inputs of Z that repeat what others say only lower the rank. Where Z sees all
+        of weight space, this is `of_weights`.
+
+        Args:
+            jacobian: of the trained network.
+            Z: inputs, [M, *input_shape].
+            prior_precision: as in `of_weights`.
+            outputs: "coupled", or "independent" to ignore the prior covariance between outputs (C M × M matrices in
+                place of one that is CM × CM): the sites must then be independent too.
+            rank_tol: relative; at least ten roundings of the network's dtype.
+
+        Raises:
+            InputError: if Z has the wrong shape or holds nothing, or if a prior precision is not positive.
+
+        Source: notes on SFR, § 1.5: V = J[(I − ΦΦᵀ)/τ + Φ(ΦᵀGΦ + τI)⁻¹Φᵀ]Jᵀ, Φ an orthonormal basis of rowspace(J_Z).
+        """
+        if outputs not in ("coupled", "independent"):
+            raise InputError(f"outputs must be 'coupled' or 'independent', got {outputs!r}.")
+        relative = _relative(jacobian, prior_precision)
+        if not _check_inputs(jacobian, Z):
+            raise InputError("Z must hold at least one input.")
+        tol = max(rank_tol, 10 * torch.finfo(jacobian.dtype).eps)
+        span = (_coupled_span if outputs == "coupled" else _independent_span)(relative, Z.detach().clone(), tol)
+        return cls(jacobian, prior_precision, span, coupled=outputs == "coupled")
+
+    @property
+    def inducing_inputs(self) -> Tensor | None:
+        """Z, or None for the basis of all weights."""
+        return self._span.Z
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates: P, or the rank r."""
+        matrix = self._span.W if self._span.Phi is None else self._span.Phi
+        return self.jacobian.num_params if matrix is None else matrix.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network."""
+        return self.jacobian.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self.jacobian.device
+
+    def check_inputs(self, x: Tensor) -> int:
+        """Return how many data x [T, *input_shape] holds; the network's Jacobian brings them to its dtype and device.
+
+        Raises:
+            InputError: if x has the wrong shape.
+        """
+        return _check_inputs(self.jacobian, x)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Features:
+        """Return φ(x), prior (co)variances and f(x; θ*) for all of x at once."""
+        return self._features(self._span.jacobian.block(x))
+
+    @torch.no_grad()
+    def blocks(self, x: Tensor) -> Iterator[tuple[slice, Features]]:
+        """Yield (data, features) of blocks of x of bounded memory."""
+        for outer in row_chunks(len(x), self._row_width(), self.dtype, self.device):
+            for rows, block in self._span.jacobian.blocks(x[outer]):
+                yield slice(outer.start + rows.start, outer.start + rows.stop), self._features(block)
+
+    @torch.no_grad()
+    def residual_covariance(self, x: Tensor, phi: Tensor) -> Tensor:
+        """Return κ(x, x) − φφᵀ between all rows of the features in float64; 0 for the basis of all weights."""
+        if not self.has_residual:
+            return phi.new_zeros(())
+        rows = self._span.jacobian.block(x)
+        K = rows.gram(rows).flatten(2).flatten(0, 1) if self.coupled else rows.gram_independent(rows)
+        return self._sd**2 * K.double() - phi @ phi.mT
+
+    def with_prior_precision(self, prior_precision: Precision) -> JacobianBasis:
+        """Return the basis of the same network and Z under another prior; free if all of τ changes by one factor.
+
+        Raises:
+            InputError: if a prior precision is not positive and finite.
+        """
+        change = _per_tensor(self.jacobian, prior_precision) / self._tau
+        if bool((change - change[0]).abs().max() <= 1e-14 * change[0]):
+            return JacobianBasis(self.jacobian, prior_precision, self._span, coupled=self.coupled)
+        Z, tol = self._span.Z, self._span.rank_tol
+        if Z is None or not self.has_residual:
+            span = replace(self._span, jacobian=_relative(self.jacobian, prior_precision))
+            return JacobianBasis(self.jacobian, prior_precision, span)
+        outputs: Outputs = "coupled" if self.coupled else "independent"
+        return JacobianBasis.at_inputs(self.jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+
+    def carry(self, site: Site, new: Basis) -> Site:
+        """Return a site on this basis as one under another prior precision τ': w = √(τ/τ') w', exactly.
+
+        Raises:
+            BasisMismatchError: unless `new` is this basis `with_prior_precision`, with the directions of this one.
+        """
+        if not isinstance(new, JacobianBasis) or new.jacobian is not self.jacobian or new.size != self.size:
+            raise BasisMismatchError("The site is on another network or other inputs; project the data anew.")
+        factor = (self._tau / new._tau).sqrt()  # w = √(τ/τ') w'
+        if self._span is new._span:
+            factor = factor[:1]
+        elif self.has_residual or new.has_residual:
+            raise BasisMismatchError(
+                "The two bases span other directions of weight space. One factor for all of prior_precision keeps "
+                "them, by basis.with_prior_precision(...); for any other change, project the data anew."
+            )
+        else:
+            factor = factor.repeat_interleave(torch.tensor([shape.numel() for shape in self.jacobian.shapes]))
+        factor = factor.to(site.lam.device)
+        return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
+
+    def _row_width(self) -> int:
+        """Numbers that a datum takes on its way to its features."""
+        C, at_Z = self.num_outputs, self._span.at_Z
+        if at_Z is None:
+            return C * self.jacobian.num_params
+        return C * len(at_Z) * (C if self.coupled else 1)
+
+    def _features(self, rows: JacobianBlock) -> Features:
+        phi = self._span.phi(rows) * self._sd
+        f = rows.f.double()
+        if not self.has_residual:
+            phi = phi.flatten(0, 1)
+            return Features(phi, phi.square().sum(-1).double(), f.flatten())
+        prior = self._sd**2 * rows.diag().double()
+        var = prior.diagonal(dim1=-2, dim2=-1)
+        if self.coupled:
+            return Features(phi.flatten(0, 1), var.flatten(), f.flatten(), prior)
+        return Features(phi, var.mT, f.mT)
+
+
+def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
+    shape = tuple(jacobian.input_shape)
+    if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
+        raise InputError(f"Inputs must have shape {('T', *shape)}, got {tuple(x.shape)}.")
+    return len(x)
+
+
+def _per_tensor(jacobian: NetworkJacobian, prior_precision: Precision) -> Tensor:
+    """The prior precision of each parameter tensor, in float64."""
+    tau = torch.as_tensor(prior_precision, dtype=torch.float64).detach().cpu()
+    count = len(jacobian.shapes)
+    if tau.ndim and tau.shape != (count,):
+        raise InputError(
+            f"prior_precision must be a number, or hold one for each of the {count} parameter tensors, got shape "
+            f"{tuple(tau.shape)}."
+        )
+    if not bool(((tau > 0) & tau.isfinite()).all()):
+        raise InputError(f"prior_precision must be positive and finite, got {tau.tolist()}.")
+    return tau.expand(count)
+
+
+def _relative(jacobian: NetworkJacobian, prior_precision: Precision) -> NetworkJacobian:
+    """J in units of the prior, but for the one factor 1/√τ₀ of all parameters: J diag(√(τ₀/τ))."""
+    tau = _per_tensor(jacobian, prior_precision)
+    return jacobian if bool((tau == tau[0]).all()) else jacobian.scaled((tau[0] / tau).sqrt())
+
+
+def _coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
+    """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
+    P = jacobian.num_params
+    if len(Z) * jacobian.num_outputs < P:
+        at_Z = jacobian.block(Z)
+        return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram(at_Z).flatten(2).flatten(0, 1), tol))
+    total = GramSum(torch.Size(), P, jacobian.device)
+    for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
+        for _, rows in jacobian.blocks(Z[outer]):
+            J = rows.dense().flatten(0, 1).double()
+            total.add(J, torch.ones_like(J[:, 0]))
+    _, Phi = eigenpairs_above(_checked(total.total()), tol)
+    return _Span(jacobian, tol, Z, Phi=None if Phi.shape[-1] == P else Phi.to(jacobian.dtype))
+
+
+def _independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
+    """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
+    at_Z = jacobian.block(Z)
+    return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram_independent(at_Z), tol))
+
+
+def _inverse_root(K: Tensor, tol: float) -> Tensor:
+    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64."""
+    values, vectors = eigenpairs_above(_checked(K.double()), tol)
+    return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
+
+
+def _checked(K: Tensor) -> Tensor:
+    if not bool((K.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).all()):
+        raise InputError("The network does not depend on its parameters at Z: its Jacobian there is zero.")
+    return K
