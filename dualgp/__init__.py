@@ -11,6 +11,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
+| linearised network, Laplace | prior + Σ tᵢ at θ* | `JacobianBasis`, `laplace_sites` |
 | new data, without refitting | q + t_new | `Posterior.add` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |

@@ -63,6 +63,8 @@ class JacobianBasis(Basis):
         tensor([[2.2500]])
     """
 
+    num_outputs: int
+
     def __init__(
         self, jacobian: NetworkJacobian, prior_precision: Precision, span: _Span, *, coupled: bool = True
     ) -> None:

@@ -170,9 +170,13 @@ def test_order_and_chunks_change_nothing_and_a_second_time_is_the_first(name, mo
     assert gap(whole[1][0], other[1][0]) < 1e-10
     assert gap(whole[1][1], other[1][1]) < 1e-10
     x = inputs(150)
-    chunked = q.predict(x)
+    more = sites_of(q, laplace_sites(SOFTMAX, torch.arange(150) % 3, JAC(x)), x)
+    uncut = q.predict(x), q.project(x, more)
     monkeypatch.setattr("dualgp.linalg._CHUNK_BYTES", 1)
-    assert gap(chunked[1], q.predict(x)[1]) < 1e-10
+    cut = q.predict(x), q.project(x, more)
+    assert gap(uncut[0][1], cut[0][1]) < 1e-10
+    assert gap(uncut[1].lam, cut[1].lam) < 1e-10
+    assert gap(uncut[1].B, cut[1].B) < 1e-10
 
 
 def test_independent_outputs_are_processes_of_their_own():
