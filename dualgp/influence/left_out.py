@@ -85,6 +85,9 @@ def leave_one_out(
     f_{−i} = m_i − V_{−i}α_i,  V_{−i} = V_i (I − B_i V_i)⁻¹ (+ the residual, which sites do not change). Exact for
     Gaussian noise at fixed hyperparameters; otherwise the other sites stay as they are.
 
+    With coupled outputs a softmax is expected under independent ones of the same spread: its variances are those of
+    HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
+
     Args:
         q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
         x: inputs, [n, D] or [n, *input_shape].
@@ -94,9 +97,6 @@ def leave_one_out(
         order: "first" where q's precision does not contain the sites.
         max_hat: as in `sensitivity`.
         params: per-datum parameters of the likelihood, such as `noise` [n].
-
-    With coupled outputs a softmax is expected under independent ones of the same spread: its variances are those of
-    HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
 
     Raises:
         InputError: if inputs, targets and sites do not fit each other, or targets the likelihood.
@@ -159,8 +159,8 @@ def leave_group_out(
         NotPositiveDefiniteError: if no Gaussian is left without a group, which then was not in q.
         UnsupportedError: if the likelihood has no elementwise conditional.
 
-    Source: Nickl et al. 2023, eq. 14, which has V α for the solve; their § 3.3 drops the cross-terms too, without which
-    the shift hardly correlates with the truth.
+    Source: Nickl et al. 2023, eq. 14, which has V α for the solve. Without the cross-terms too (eq. 43, second form),
+    shifts hardly correlate with the truth.
 
     Example:
         >>> from dualgp import InducingBasis; from gpytorch.kernels import RBFKernel
@@ -233,8 +233,7 @@ def _covariance(q: FunctionPosterior, x: Tensor, V: Tensor) -> Tensor:
 
 def _without(q: Posterior[Basis], x: Tensor, sites: Sites, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [g, C], covariance [g, C, C] and hat value of a group under the posterior without it."""
-    lam, B = (t.double() for t in as_matrices(sites))
-    g, C = lam.shape
+    g, C = len(sites), q.basis.num_outputs or 1
     if g * C > q.basis.size:
         try:
             rest = q.remove(x, sites)
@@ -243,9 +242,10 @@ def _without(q: Posterior[Basis], x: Tensor, sites: Sites, number: int) -> tuple
         mean, cov = rest.predict_blocks(x)
         left = torch.linalg.eigvalsh(q.chol_inv @ rest.precision @ q.chol_inv.mT)  # of P⁻¹P₋ = 1 − h
         return mean.double(), cov.double(), 1.0 - left.min()
-    mean, cov = q.function_blocks(x)
-    cov = _covariance(q, x, cov)
-    joint = lam.new_zeros(g, C, g, C)
+    mean, V = q.function_blocks(x)
+    cov = _covariance(q, x, V)
+    lam, B = (t.to(mean) for t in as_matrices(sites))
+    joint = V.new_zeros(g, C, g, C)
     joint[range(g), :, range(g)] = B
     alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
     V = q.function_cross(x, x).reshape(g * C, g * C)
