@@ -91,7 +91,7 @@ def leave_one_out(
     Args:
         q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
         x: inputs, [n, D] or [n, *input_shape].
-        y: targets, [n] or [n, C].
+        y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
         likelihood: of the data.
         order: "first" where q's precision does not contain the sites.
@@ -118,7 +118,7 @@ def leave_one_out(
         (0.0, 1.0)
     """
     check_sites(x, sites)
-    _check_targets(likelihood, y, sites, params)
+    y, params = _targets(likelihood, y, sites, params)
     limit = limit_of(q, max_hat)
     parts = []
     for block in blocks_of(q, x, sites):
@@ -148,7 +148,7 @@ def leave_group_out(
     Args:
         q: a `Posterior` that holds the sites (`gp.posterior` of a DualGP).
         x: inputs, [n, D] or [n, *input_shape].
-        y: targets, [n] or [n, C].
+        y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
         likelihood: of the data.
         groups: indices of the data of each group; groups may overlap. `torch.randperm(n).chunk(10)` is ten folds.
@@ -174,7 +174,7 @@ def leave_group_out(
         tensor([1.0000, 1.0000], dtype=torch.float64)
     """
     check_sites(x, sites)
-    _check_targets(likelihood, y, sites, params)
+    y, params = _targets(likelihood, y, sites, params)
     members = [_check_group(group, number, len(x)).to(x.device) for number, group in enumerate(groups)]
     if not members:
         raise InputError("There is no group.")
@@ -275,10 +275,15 @@ def _scored(
     return mean, cov, predictive.reshape(n, -1).sum(-1), at_mean.reshape(n, -1).sum(-1)
 
 
-def _check_targets(likelihood: Likelihood, y: Tensor, sites: Sites, params: dict[str, Tensor]) -> None:
+def _targets(
+    likelihood: Likelihood, y: Tensor, sites: Sites, params: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Targets and parameters per datum, checked; [n, 1] of a network with one output, for which [n] will do."""
     n, outputs, fixed = len(sites), tuple(sites.lam.shape[1:]), num_outputs_of(likelihood)
     if fixed is not None and outputs != (fixed,):
         raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but the sites have shape [N, *{outputs}].")
+    if outputs == (1,) and y.shape == (n,):
+        y, params = y.unsqueeze(-1), {name: value.unsqueeze(-1) for name, value in params.items()}
     expected = (n,) if isinstance(likelihood, SoftmaxLikelihood) else (n, *outputs)
     if tuple(y.shape) != expected:
         raise InputError(f"Targets must have shape {expected}, got {tuple(y.shape)}.")
@@ -286,6 +291,7 @@ def _check_targets(likelihood: Likelihood, y: Tensor, sites: Sites, params: dict
         if value.shape[:1] != (n,):
             raise InputError(f"{name} must have one value for each of {n} data, got shape {tuple(value.shape)}.")
     check_targets(likelihood, y)
+    return y, params
 
 
 def _check_group(group: Sequence[int] | Tensor, number: int, n: int) -> Tensor:

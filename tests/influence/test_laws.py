@@ -10,7 +10,7 @@ from networks import jacobian, mlp
 from torch import Tensor
 from toys import at, gap, gaussian, line, matern, random_sites, rbf, waves
 
-from dualgp import DualGP, InducingBasis, Posterior, Sites, errors
+from dualgp import DualGP, InducingBasis, Posterior, Sites, errors, log_predictive
 from dualgp.influence import (
     DiagonalPosterior,
     leave_group_out,
@@ -187,6 +187,20 @@ def test_noise_may_differ_by_datum_and_by_output():
     expected = torch.distributions.Normal(mean[0], (var[0] + noises).sqrt()).log_prob(both[4]).sum()
     assert gap(left.log_predictive[4], expected) < 1e-9
     assert left.mean.shape == (N, 2)
+
+
+def test_a_network_with_one_output():
+    net, x = mlp(outputs=1), torch.randn(N, 2, dtype=F64)
+    engine, y = NetworkJacobian(net, x[:2]), (torch.arange(N) % 2).double()
+    sites = laplace_sites(LogitBernoulliLikelihood(), y, engine(x))
+    q = Posterior(JacobianBasis.of_weights(engine, 0.2)).add(x, sites)
+    left = leave_one_out(q, x, y, sites, LogitBernoulliLikelihood())
+    grouped = leave_group_out(q, x, y, sites, LogitBernoulliLikelihood(), [[i] for i in range(N)])
+    mean, var = never_saw(q, x, sites, 3).predict(x[3:4])
+    expected = log_predictive(LogitBernoulliLikelihood(), y[3:4], mean[0], var[0])
+    assert gap(left.log_predictive[3], expected) < 1e-9
+    assert gap(left.log_predictive, grouped.log_predictive) < 1e-9
+    assert gap(-left.log_likelihood, torch.nn.functional.softplus((1 - 2 * y) * left.mean.squeeze(-1))) < 1e-6
 
 
 def q_of_two() -> Posterior:
