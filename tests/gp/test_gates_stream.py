@@ -340,7 +340,7 @@ def test_growing_is_lossless_and_stops_where_it_pays_no_more():
     grown = update.grow(state, gp.likelihood, Data(x, y, False), 50, 1e-3)
     xs = line(-3, 3, 50)
     bare = update.move(
-        state.__class__(Posterior(state.basis, state.rest), state.rest, None, state.noise, 20), grown.basis
+        state.__class__(Posterior(state.basis, state.rest), state.rest, None, state.noise, 0.0, 20), grown.basis
     )
     for a, b in zip(bare.posterior.predict(xs), Posterior(state.basis, state.rest).predict(xs), strict=True):
         assert gap(a, b) < 1e-6
