@@ -150,7 +150,9 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     unknown = data.params.keys() - {"noise"}
     if unknown and settings.capacity > 0:
         raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
-    hyper = model._hyper(kernel, state.basis.inducing_points, False, learn_hyperparameters)
+    hyper = model._hyper(kernel, state.basis.inducing_points, False, True) if learn_hyperparameters else None
+    if hyper is not None and not hyper.trained():
+        hyper = None
     outputs = () if model.num_outputs is None else (model.num_outputs,)
     zero = torch.zeros(*data.x.shape[:-1], *outputs, dtype=torch.float64, device=data.x.device)
     draw = model.generator.get_state()
@@ -159,12 +161,14 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         with torch.no_grad():
             q = state.posterior.predict(data.x)
             foretold = -float(log_predictive(model.likelihood, data.y, *q, **data.params).mean())
-        state, found = update.step(state, hyper, batch, settings)
+        likelihood = model.likelihood if hyper is None else hyper.likelihood
+        state, found = update.step(state, likelihood, hyper, batch, settings)
     except BaseException:
         model.generator.set_state(draw)
         raise
-    model._take_hyperparameters(hyper)
-    write(model, state, owned=not hyper.trained())
+    if hyper is not None:
+        model._take_hyperparameters(hyper)
+    write(model, state, owned=hyper is None)
     return UpdateResult(
         state.num_seen,
         state.basis.num_inducing,

@@ -30,7 +30,7 @@ from dualgp.gp.hybrid import Anchor, Noise, stream_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Candidates, Memory, Rule, choose
 from dualgp.gp.mstep import m_step
-from dualgp.inducing import cheapest_to_drop, greedy_variance
+from dualgp.inducing import cheapest_to_drop, greedy_rows
 from dualgp.kernels import kernel_diagonal
 from dualgp.posterior import Posterior
 from dualgp.sites import Site, Sites
@@ -76,34 +76,36 @@ class Settings(NamedTuple):
 
 
 @torch.no_grad()
-def step(state: State, hyper: Hyper, batch: Memory, settings: Settings) -> tuple[State, EStep]:
-    """Return the state after a batch (its sites are ignored), and the last E-step. `hyper` is changed in place."""
+def step(
+    state: State, likelihood: Likelihood, hyper: Hyper | None, batch: Memory, settings: Settings
+) -> tuple[State, EStep]:
+    """Return the state after a batch (its sites are ignored), and the last E-step.
+
+    `hyper` is what is learned, changed in place; without it hyperparameters stay. `likelihood` is hyper's own then.
+    """
     if settings.move_inducing:
         room = settings.max_inducing - state.basis.num_inducing + math.ceil(settings.max_inducing / 2)
-        state = grow(state, hyper.likelihood, batch.data, room, settings.tol_growth)
-        hyper.set_inducing(state.basis.inducing_points)
+        state = grow(state, likelihood, batch.data, room, settings.tol_growth)
     data, start = batch.data, None
     if state.memory is not None:
         data = Data.cat([state.memory.data, data])
         start = Sites.cat([state.memory.sites, batch.sites])
-    found = find_sites(state, hyper, data, start, 0.1 * settings.tol)
+    found = find_sites(state, likelihood, data, start, 0.1 * settings.tol)
     assert found.sites is not None
-    if hyper.trained():  # one round per batch: the stream itself is the iteration
+    if hyper is not None:  # one round per batch: the stream itself is the iteration
         state = learn_hyperparameters(state, hyper, data, found.sites, settings)
-        found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+        found = find_sites(state, likelihood, data, found.sites, 0.1 * settings.tol)
     assert found.sites is not None
     all_of_it = Memory(data, found.sites, *_joined(state.memory, batch))
     state = State(found.posterior, state.rest, all_of_it, state.noise, state.num_seen + len(batch))
     if settings.move_inducing:
         smaller = shrink(state, settings.max_inducing)
         if smaller is not state:  # the data at hand make up for what Z lost
-            state = smaller
-            hyper.set_inducing(state.basis.inducing_points)
-            found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+            found = find_sites(smaller, likelihood, data, found.sites, 0.1 * settings.tol)
             assert found.sites is not None
             all_of_it = replace(all_of_it, sites=found.sites)
-            state = replace(state, posterior=found.posterior)
-    return remember(state, all_of_it, hyper.likelihood, settings), found
+            state = replace(smaller, posterior=found.posterior)
+    return remember(state, all_of_it, likelihood, settings), found
 
 
 def _joined(old: Memory | None, batch: Memory) -> tuple[Tensor, Tensor]:
@@ -137,13 +139,11 @@ def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float
     room = min(room, len(data))
     if room < 1:
         return state
-    x = data.x.reshape(-1, *data.x.shape[-2:])[0]
-    Z = basis.inducing_points.reshape(-1, *basis.inducing_points.shape[-2:])[0]
     m, v = state.posterior.predict(data.x)
     beta = dual_parameters(likelihood, data.y, m, v, **data.params).beta.max() * data.all_weights().max()
-    largest = kernel_diagonal(basis.kernel, x).max()
-    enough = float(2.0 * tol / (beta * largest).clamp_min(1e-300))
-    rows = greedy_variance(basis.kernel, x, room, given=Z, tol=max(1e-10, enough))
+    largest = kernel_diagonal(basis.kernel, data.x).max()
+    enough = max(1e-10, float(2.0 * tol / (beta * largest).clamp_min(1e-300)))
+    rows = greedy_rows(basis.kernel, data.x, room, basis.inducing_points, enough)
     if not len(rows):
         return state
     return move(state, basis.at(torch.cat([basis.inducing_points, data.x[..., rows, :].to(basis.dtype)], -2)))
@@ -158,12 +158,12 @@ def shrink(state: State, size: int) -> State:
     return move(state, basis.at(basis.inducing_points[..., keep, :]))
 
 
-def find_sites(state: State, hyper: Hyper, data: Data, start: Sites | None, tol: float) -> EStep:
+def find_sites(state: State, likelihood: Likelihood, data: Data, start: Sites | None, tol: float) -> EStep:
     """Return the E-step on `data`, beside what is forgotten; `start` are their sites so far."""
     begin = None
     if start is not None:
         begin = Posterior(state.basis, state.rest).add(data.x, start), start
-    return e_step(Source(state.basis, data), hyper.likelihood, begin, base=state.rest, tol=tol)
+    return e_step(Source(state.basis, data), likelihood, begin, base=state.rest, tol=tol)
 
 
 class _Evaluation(NamedTuple):
@@ -174,8 +174,9 @@ class _Evaluation(NamedTuple):
 def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, settings: Settings) -> State:
     """Move hyperparameters by an M-step on the hybrid bound; return prior + rest there (without memory).
 
-    `hyper` is changed in place; its Z is the state's. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
+    `hyper` is changed in place, and takes the state's Z. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
     """
+    hyper.set_inducing(state.basis.inducing_points)
     anchor = Anchor.of(state.basis, state.rest, state.noise)
     parameters = hyper.trained()
 
