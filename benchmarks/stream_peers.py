@@ -104,7 +104,7 @@ class StreamingSVGP:
         hyper = gp._hyper(gp.kernel, Z, True, True)
         state = self.learn(state, hyper, data, 0.1 * settings.tol)
         with torch.no_grad():
-            found = update.find_sites(state, hyper, data, None, 0.1 * settings.tol)
+            found = update.find_sites(state, hyper.likelihood, data, None, 0.1 * settings.tol)
             assert found.sites is not None
             ids = torch.arange(len(X))
             batch = update.Memory(data, found.sites, ids, ids.double())
@@ -119,7 +119,7 @@ class StreamingSVGP:
         anchor, Z = Anchor.of(state.basis, state.rest, state.noise), hyper.Z.detach().clone()
         with torch.no_grad():
             moved = update.move(state, state.basis.at(Z))
-            sites = update.find_sites(moved, hyper, data, None, tol).sites
+            sites = update.find_sites(moved, hyper.likelihood, data, None, tol).sites
         parameters = hyper.trained()
 
         def evaluate() -> update._Evaluation:

@@ -176,7 +176,7 @@ def note(found: Found, key: tuple[str, str, str], row: Row, seed: int) -> None:
 
 def compare(name: str, args: argparse.Namespace) -> None:
     found: Found = {}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         split = load(name, seed)
         split = split.head(200, 100) if SMOKE else split
         fitted = fit(split, args, seed)
@@ -197,7 +197,7 @@ def along(
 ) -> None:
     with torch.no_grad():
         target = fitted[0].predict(split.X_test)
-    if "refit" in args.methods and seed == 0:
+    if "refit" in args.methods and seed == args.first_seed:
         note(found, (order, str(REFITS), "refit"), refit(split, order, args, fitted, seed), seed)
     for count in args.batches:
         parts = batches(split, order, count, seed)
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--inducing", type=int, default=10 if SMOKE else 50)
     parser.add_argument("--memory", type=int, default=None, help="capacity; dualgp's default if left out")
     parser.add_argument("--seeds", type=int, default=1 if SMOKE else 5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--orders", nargs="+", help="sorted, shuffled, given or tasks; those of the data if left out")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=[*METHODS, "balanced", "svgp-held", "theta"])
     parser.add_argument("--learn-inducing", action="store_true", help="also a fit on all data that learns Z")
