@@ -54,7 +54,7 @@ class DualGP(FittedGP):
             themselves.
         jitter: added to K_zz, relative to the mean of its diagonal.
         memory: how many past data a stream keeps, with their sites, to find them anew; twice as many as inducing
-            inputs and 100 at least if None, none if 0. `fit` fills it only if it is given.
+            inputs, 40 for each output and 100 at least if None, none if 0. `fit` fills it only if it is given.
         memory_rule: which data those are: "random" (a fair sample of the stream: nothing pulls the hyperparameters),
             "leverage" (β·v), "sensitivity" (|α|·v), "recency", "balanced" (by class), or a function of
             `dualgp.Candidates` that returns one score per datum.
@@ -352,7 +352,9 @@ class DualGP(FittedGP):
             limit = self.inducing_points.shape[-2]
         else:
             limit = self.num_inducing or 100
-        capacity = self.window or (max(100, 2 * limit) if self.memory_size is None else self.memory_size)
+        capacity = self.window or self.memory_size
+        if capacity is None:
+            capacity = max(100, 2 * limit, 40 * (self.num_outputs or 1))
         rule = check_rule("recency" if self.window else self.memory_rule)
         fair = self.memory_rule == "random" and self.window is None
         return Settings(limit, capacity, rule, fair, move_inducing, self.window is not None, tol)
