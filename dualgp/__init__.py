@@ -11,10 +11,11 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
-| new data, without refitting | q + t_new | `Posterior.add` |
+| trained network: linearised, in the Jacobian's basis | prior + Σ tᵢ | `network_gp`, `NetworkPosterior` |
+| new data, without refitting | q + t_new | `Posterior.add`, `NetworkPosterior.condition` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |
-| unlearning, leave-one-out | q − tᵢ | `Posterior.remove`, `DualGP.forget` |
+| unlearning, leave-one-out | q − tᵢ | `Posterior.remove`, `DualGP.forget`, `NetworkPosterior.forget` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
@@ -31,6 +32,8 @@ from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
 from dualgp.jacobian import JacobianBasis
 from dualgp.laplace import laplace_sites
+from dualgp.nets.convert import from_weight_decay, network_gp
+from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -46,6 +49,7 @@ __all__ = [
     "InducingBasis",
     "JacobianBasis",
     "Memory",
+    "NetworkPosterior",
     "Posterior",
     "Site",
     "Sites",
@@ -53,9 +57,11 @@ __all__ = [
     "dual_parameters",
     "errors",
     "expected_log_prob",
+    "from_weight_decay",
     "greedy_variance",
     "laplace_sites",
     "likelihoods",
     "log_predictive",
+    "network_gp",
     "predictive_distribution",
 ]
