@@ -83,8 +83,8 @@ def network_gp(
             small for one row, or arguments that contradict each other.
         UnsupportedError: for a network or likelihood that cannot be used.
 
-    Source: Khan et al. 2019 (DNN2GP); Immer et al. 2021 (GLM predictive); Scannell et al. 2024 (SFR). Here B_i is a full
-    C × C block, and Z a rank-revealing projection in place of jitter.
+    Source: Khan et al. 2019 (DNN2GP); Immer et al. 2021 (GLM predictive); Scannell et al. 2024 (SFR). Here B_i is a
+    full C × C block, and Z a rank-revealing projection in place of jitter.
 
     Example:
         >>> from gpytorch.likelihoods import GaussianLikelihood
@@ -102,15 +102,15 @@ def network_gp(
     source = Source(data, y, likelihood)
     jacobian = NetworkJacobian(network, source.example(), params=params, budget=budget)
     check_outputs(likelihood, jacobian.num_outputs)
-    structure = _structure(structure, num_inducing, inducing_inputs, jacobian, source)
-    if structure == "dense":
+    kind = _structure(structure, num_inducing, inducing_inputs, jacobian, source)
+    if kind == "dense":
         if outputs != "coupled":
             raise InputError("Independent outputs need a structure in function space: 'sparse' or 'full'.")
         basis = JacobianBasis.of_weights(jacobian, prior_precision)
     else:
         if inducing_inputs is not None:
             Z, tol = inducing_inputs, 1e-7
-        elif structure == "full":
+        elif kind == "full":
             Z, tol = torch.cat([batch.x for batch in source]), _FULL_TOL
         else:
             M = num_inducing or max(50, _MAX_SIZE // jacobian.num_outputs)

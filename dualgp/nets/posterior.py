@@ -17,7 +17,7 @@ from dualgp.errors import InputError, UnsupportedError
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.nets import links, tuning
-from dualgp.nets.data import Batch, check_batch, rows_of
+from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum

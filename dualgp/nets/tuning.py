@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dualgp.errors import InputError
-from dualgp.laplace import laplace_sites
 from dualgp.nets.data import Batch, Source, check_batch
 from dualgp.nets.links import Link, class_log_probs
 from dualgp.nets.spectrum import FunctionBlocks
