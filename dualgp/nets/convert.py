@@ -18,9 +18,9 @@ from dualgp.jacobian import JacobianBasis, Outputs, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.networks import Selection
 from dualgp.laplace import laplace_sites
-from dualgp.nets import inducing
 from dualgp.nets.data import Batch, Source, check_batch, check_outputs, rows_of
 from dualgp.nets.fingerprints import Held
+from dualgp.nets.inducing import sample_inputs
 from dualgp.nets.links import log_prob
 from dualgp.nets.posterior import Centre, NetworkPosterior, centred
 from dualgp.posterior import Posterior
@@ -63,8 +63,7 @@ def network_gp(
         y: targets, where `data` is X.
         prior_precision: τ, beside a loss that is *summed* over data; or one for each parameter tensor. From a weight
             decay: `from_weight_decay`. Or choose it by `tuned`.
-        num_inducing: M, for "sparse": this many inputs of the data, spread by what the network's outputs there see of
-            its weights.
+        num_inducing: M, for "sparse": a random sample of this many distinct inputs, whatever the order of the data.
         inducing_inputs: Z itself, [M, *input_shape].
         structure: "sparse": w spans what the outputs at Z see, the rest keeps its prior; "full": Z are all inputs,
             exact, with NC coordinates at most; "dense": all P weights, exact. None: "sparse" if M or Z is given;
@@ -114,7 +113,7 @@ def network_gp(
             Z, tol = torch.cat([batch.x for batch in source]), _FULL_TOL
         else:
             M = num_inducing or max(50, _MAX_SIZE // jacobian.num_outputs)
-            Z, tol = inducing.choose(jacobian, source, M, generator), 1e-7
+            Z, tol = sample_inputs(source, M, jacobian.dtype, generator), 1e-7
         basis = JacobianBasis.at_inputs(jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
     likelihood = copy.deepcopy(likelihood).to(jacobian.device).requires_grad_(False)
     return _accumulate(basis, source, likelihood, centre, progress)
