@@ -11,11 +11,13 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
-| linearised network, Laplace | prior + Σ tᵢ at θ* | `JacobianBasis`, `laplace_sites` |
-| new data, without refitting | q + t_new | `Posterior.add` |
+| trained network: linearised, in the Jacobian's basis | prior + Σ tᵢ | `network_gp`, `NetworkPosterior` |
+| new data, without refitting | q + t_new | `Posterior.add`, `NetworkPosterior.condition` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |
-| unlearning, leave-one-out | q − tᵢ | `Posterior.remove`, `DualGP.forget` |
+| unlearning | q − tᵢ | `Posterior.remove`, `DualGP.forget`, `NetworkPosterior.forget` |
+| leave-one-out, leave-group-out, wrong labels | p(yᵢ ∣ q − tᵢ) | `leave_one_out`, `leave_group_out`, `mislabelled` |
+| leverage; sensitivity | tr BᵢVᵢ; −Vᵢ(I − BᵢVᵢ)⁻¹αᵢ | `leverage`, `sensitivity`, `perturb` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
@@ -30,8 +32,25 @@ from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
 from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
+from dualgp.influence import (
+    DiagonalPosterior,
+    LeftOut,
+    Ranking,
+    Sensitivity,
+    leave_group_out,
+    leave_one_out,
+    leverage,
+    leverage_by_class,
+    mislabelled,
+    perturb,
+    preconditioner_variance,
+    sensitivity,
+    sum_by,
+)
 from dualgp.jacobian import JacobianBasis
 from dualgp.laplace import laplace_sites
+from dualgp.nets.convert import from_weight_decay, network_gp
+from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -41,22 +60,38 @@ __version__ = "0.1.0"
 __all__ = [
     "Candidates",
     "Conditioned",
+    "DiagonalPosterior",
     "DualGP",
     "DualParameters",
     "FitResult",
     "InducingBasis",
     "JacobianBasis",
+    "LeftOut",
     "Memory",
+    "NetworkPosterior",
     "Posterior",
+    "Ranking",
+    "Sensitivity",
     "Site",
     "Sites",
     "UpdateResult",
     "dual_parameters",
     "errors",
     "expected_log_prob",
+    "from_weight_decay",
     "greedy_variance",
     "laplace_sites",
+    "leave_group_out",
+    "leave_one_out",
+    "leverage",
+    "leverage_by_class",
     "likelihoods",
     "log_predictive",
+    "mislabelled",
+    "network_gp",
+    "perturb",
+    "preconditioner_variance",
     "predictive_distribution",
+    "sensitivity",
+    "sum_by",
 ]

@@ -220,6 +220,36 @@ class JacobianBasis(Basis):
         factor = factor.to(site.lam.device)
         return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
 
+    @property
+    def whitened_theta(self) -> Tensor:
+        """√τ θ*, [P] in float64: where the network stands in units of a prior N(0, τ⁻¹I)."""
+        return self.jacobian.theta.double() * self._each_parameter().sqrt()
+
+    def whiten(self, gradient: Tensor) -> Tensor:
+        """Return a gradient [P] in the weights as one in the whitened weights √τ(θ − θ*), in float64."""
+        return gradient.double() / self._each_parameter().sqrt()
+
+    def _each_parameter(self) -> Tensor:
+        """τ of each parameter, [P] in float64."""
+        sizes = torch.tensor([shape.numel() for shape in self.jacobian.shapes])
+        return self._tau.repeat_interleave(sizes).to(self.device)
+
+    @torch.no_grad()
+    def coordinates(self, direction: Tensor) -> Tensor:
+        """Return Φᵀv: what w sees of a direction v [P] of the whitened weights √τ(θ − θ*); [r], or [C, r] by output.
+
+        A factor exp(vᵀ√τ(θ − θ*)) is the linear site (Φᵀv, 0) on w, but for the directions left to the residual.
+        """
+        span = self._span
+        if span.Phi is not None:
+            return span.Phi.double().mT @ direction.double()
+        if span.W is None or span.at_Z is None:
+            return direction.double()
+        seen = span.at_Z.matmul(direction.unsqueeze(-1)).squeeze(-1).double()  # J_Z v [M, C]
+        if span.W.ndim == 3:
+            return (span.W.double().mT @ seen.mT.unsqueeze(-1)).squeeze(-1)
+        return span.W.double().mT @ seen.flatten()
+
     def _row_width(self) -> int:
         """Numbers that a datum takes on its way to its features."""
         C, at_Z = self.num_outputs, self._span.at_Z

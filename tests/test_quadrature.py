@@ -108,3 +108,11 @@ def test_rows_in_blocks_are_those_of_the_whole(monkeypatch):
     assert gap(expected_logsumexp(mean, var), whole) < 1e-12
     assert expected_logsumexp(mean[:0], var[:0]).shape == (0,)
     assert gap(expected_logsumexp(mean.reshape(5, 6, 4), var.reshape(5, 6, 4)).flatten(), whole) < 1e-12
+
+
+def test_softmax_of_huge_variance_stays_a_probability():
+    mean, var = at(3.0, 0.0, -2.0).expand(4, 3), at(1000.0, 2000.0, 1e4, 1e8).unsqueeze(-1).expand(4, 3)
+    probs = expected_softmax(mean, var)
+    f = mean + var.sqrt() * torch.randn(100_000, 4, 3, dtype=F64)
+    assert gap(probs.sum(-1), torch.ones(4)) < 1e-12
+    assert gap(probs, f.softmax(-1).mean(0)) < 0.03

@@ -1,5 +1,5 @@
-"""Trained networks as posteriors: structures of weight space."""
+"""Trained networks as Gaussian processes in dual form: uncertainty, evidence and new data without retraining."""
 
-from dualgp.nets.structured import StructuredPosterior, StructuredSite
+from dualgp.nets.structured import StructuredPosterior
 
-__all__ = ["StructuredPosterior", "StructuredSite"]
+__all__ = ["StructuredPosterior"]

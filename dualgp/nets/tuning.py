@@ -1,0 +1,100 @@
+"""The prior precision that data prefer: by evidence, by leaving one out, or on data held back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from gpytorch.likelihoods import SoftmaxLikelihood
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dualgp.errors import InputError
+from dualgp.nets.data import Batch, Source, check_batch
+from dualgp.nets.links import Link, class_log_probs
+from dualgp.nets.spectrum import FunctionBlocks
+from dualgp.predictive import log_predictive
+
+if TYPE_CHECKING:
+    from dualgp.nets.posterior import NetworkPosterior
+
+Method = Literal["evidence", "leave_one_out", "validation"]
+_FINER = 9  # values between the neighbours of the best, twice
+
+
+def scores(
+    q: NetworkPosterior,
+    factors: Float[Tensor, "k"],
+    method: Method,
+    source: Source | None,
+    link: Link = "probit",
+    progress: bool | None = None,
+) -> Float[Tensor, "k"]:
+    """Return what each multiple of the prior precision scores, in nats; higher is better.
+
+    "evidence": log Z. "validation": the mean log predictive density of the data given. "leave_one_out": the same of
+    training data, each without its own site.
+
+    Raises:
+        InputError: if the method is unknown, or its data are missing or were given for none.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method must be one of {get_args(Method)}, got {method!r}.")
+    if (source is None) != (method == "evidence"):
+        raise InputError(
+            "Evidence takes no data: it is of those the posterior holds."
+            if source is not None
+            else f"{method} needs data (x, y): {'those of the training' if method == 'leave_one_out' else 'held back'}."
+        )
+    factors = factors.double()
+    if source is None:
+        return q.sweep_evidence(factors)
+    total, count = torch.zeros_like(factors, device=q.basis.device), 0
+    with tqdm(
+        desc=method, unit="row", leave=False, delay=1.0, disable=None if progress is None else not progress
+    ) as bar:
+        for batch in source:
+            batch = check_batch(q.likelihood, batch, q.num_outputs, q.basis.device)
+            q.basis.check_inputs(batch.x)
+            for rows, sweep in q.spectrum.blocks(batch.x, factors):
+                part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
+                total += torch.stack([score.sum() for score in _score(q, part, sweep, method, link)])
+                count += len(part.x)
+                bar.update(len(part.x))
+    return total / count
+
+
+def best_factor(
+    q: NetworkPosterior,
+    factors: Float[Tensor, "k"],
+    method: Method,
+    source: Source | None,
+    link: Link = "probit",
+    progress: bool | None = None,
+) -> float:
+    """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best."""
+    factors = factors.double().sort().values
+    for _ in range(3):
+        values = scores(q, factors, method, source, link, progress)
+        best = int(values.nan_to_num(nan=-float("inf")).argmax())
+        found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
+        if len(factors) == 1:
+            break
+        factors = torch.linspace(float(around[0]), float(around[-1]), _FINER + 2, dtype=factors.dtype).exp()
+    return found
+
+
+def _score(
+    q: NetworkPosterior, batch: Batch, sweep: Iterator[FunctionBlocks], method: Method, link: Link
+) -> Iterator[Tensor]:
+    if method == "leave_one_out":
+        raise NotImplementedError
+    for function in sweep:
+        mean, cov = function.mean, function.V + function.residual
+        if isinstance(q.likelihood, SoftmaxLikelihood):
+            yield class_log_probs(mean, cov, link).gather(-1, batch.y.long().unsqueeze(-1))
+        else:
+            mean, var = (t.reshape(batch.y.shape) for t in (mean, cov.diagonal(dim1=-2, dim2=-1)))
+            yield log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
