@@ -7,6 +7,7 @@ functions of numbers at any scale s. An exact sum is kept: Kronecker products of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +36,7 @@ class Curvature(ABC):
         """Return diag(s) B diag(s), one factor for each parameter tensor of the layer."""
 
     @abstractmethod
-    def spectrum(self, dense_limit: int) -> Spectrum | None:
+    def spectrum(self, dense_limit: int) -> LayerSpectrum | None:
         """Return B = Q diag(e) Qᵀ, or None where that takes a dense matrix of more than `dense_limit` rows."""
 
     @abstractmethod
@@ -68,9 +69,9 @@ class Diagonal(Curvature):
         """Return diag(s) B diag(s)."""
         return replace(self, d=self.d * _per_parameter(factors, self.sizes).square())
 
-    def spectrum(self, dense_limit: int) -> Spectrum:
+    def spectrum(self, dense_limit: int) -> LayerSpectrum:
         """Return d with Q = I."""
-        return Spectrum(self.d)
+        return LayerSpectrum(self.d)
 
     def to_dense(self) -> Float[Tensor, "p p"]:
         """Return B itself."""
@@ -96,9 +97,9 @@ class Dense(Curvature):
         s = _per_parameter(factors, self.sizes)
         return replace(self, B=s.unsqueeze(-1) * self.B * s)
 
-    def spectrum(self, dense_limit: int) -> Spectrum:
+    def spectrum(self, dense_limit: int) -> LayerSpectrum:
         """Return the eigendecomposition of B."""
-        return Spectrum(*torch.linalg.eigh(symmetrise(self.B)))
+        return LayerSpectrum(*torch.linalg.eigh(symmetrise(self.B)))
 
     def to_dense(self) -> Float[Tensor, "p p"]:
         """Return B itself."""
@@ -140,15 +141,15 @@ class Kronecker(Curvature):
         s[-1] = factors[-1]
         return replace(self, terms=tuple((G, s.unsqueeze(-1) * A * s) for G, A in self.terms))
 
-    def spectrum(self, dense_limit: int) -> Spectrum | None:
+    def spectrum(self, dense_limit: int) -> LayerSpectrum | None:
         """Return the exact spectrum: by the factors of one term, or of the dense sum of several."""
         if len(self.terms) == 1:
             (G, A) = self.terms[0]
             g, Q_out = torch.linalg.eigh(symmetrise(G))
             a, Q_in = torch.linalg.eigh(symmetrise(A))
-            return Spectrum(torch.outer(g, a).flatten(), Q_out, Q_in, self.bias)
+            return LayerSpectrum(torch.outer(g, a).flatten(), Q_out, Q_in, self.bias)
         size = len(self.terms[0][0]) * len(self.terms[0][1]) if self.terms else 0
-        return None if size > dense_limit else Spectrum(*torch.linalg.eigh(symmetrise(self.to_dense())))
+        return None if size > dense_limit else LayerSpectrum(*torch.linalg.eigh(symmetrise(self.to_dense())))
 
     def to_dense(self) -> Float[Tensor, "p p"]:
         """Return B itself, in the order weights [O · I], biases [O]."""
@@ -178,29 +179,26 @@ class Kronecker(Curvature):
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """B = Q diag(values) Qᵀ of one layer, with Q = I, Q = `left`, or Q = `left` ⊗ `right` on weights [O, I]."""
+class LayerSpectrum:
+    """B = Q diag(values) Qᵀ of one layer, with Q = I, Q = `left`, or Q = `left` ⊗ `right` on weights [O, I]; 0 if None."""
 
-    values: Float[Tensor, "p"]
+    values: Float[Tensor, "p"] | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     bias: bool = False
 
-    def quad(self, layer: Layer, d: Float[Tensor, "p"]) -> Float[Tensor, "n C C"]:
-        """Return J Q diag(d) Qᵀ Jᵀ for each row: in the eigenbasis, the layer's factors are turned and nothing else."""
+    def quad(self, layer: Layer, scale: float) -> Float[Tensor, "n C C"]:
+        """Return J(scale · I + B)⁻¹Jᵀ for each row: the factors of a layer are turned, and nothing else is made."""
+        if self.values is None:
+            return layer.quad() / scale
         if self.left is not None and self.right is None:
-            halves = (half for _, half in self._halves(layer, d))
-            return torch.cat([half @ half.mT for half in halves])
-        return self._turned(layer).quad(d.to(self._like(layer)))
+            return torch.cat([half @ half.mT for half in self._halves(layer, scale)])
+        return self._turned(layer).quad((1.0 / (scale + self.values)).to(layer.parts[-1]))
 
-    def cross(self, x: Layer, z: Layer, d: Float[Tensor, "p"]) -> Float[Tensor, "n C m C"]:
-        """Return J(x) Q diag(d) Qᵀ J(z)ᵀ for all pairs of rows and outputs; takes explicit Jacobians, in tiles."""
-        columns = [half.flatten(0, 1) for _, half in self._halves(z, d)]
-        rows = [
-            torch.cat([half.flatten(0, 1) @ right.mT for right in columns], -1).unflatten(0, half.shape[:2])
-            for _, half in self._halves(x, d)
-        ]
-        out = torch.cat(rows)
+    def cross(self, x: Layer, z: Layer, scale: float) -> Float[Tensor, "n C m C"]:
+        """Return J(x)(scale · I + B)⁻¹J(z)ᵀ for all pairs of rows and outputs; takes explicit Jacobians, in tiles."""
+        columns = torch.cat([half.flatten(0, 1) for half in self._halves(z, scale)])
+        out = torch.cat([half @ columns.mT for half in self._halves(x, scale)])
         return out.unflatten(-1, (-1, out.shape[1]))
 
     def forward(self, v: Float[Tensor, "p r"]) -> Float[Tensor, "p r"]:
@@ -222,25 +220,22 @@ class Spectrum:
         return _flat(u, self.bias)
 
     def _turned(self, layer: Layer) -> Layer:
-        """J Q, in factors; of a dense Q the explicit one."""
+        """J Q: in factors, or explicit where Q is dense."""
         if self.left is None:
             return layer
-        left = self.left.to(self._like(layer))
+        left = self.left.to(layer.parts[-1])
         if self.right is None:
-            return ExplicitLayer((), (layer.size,), layer.dense() @ left)
+            return ExplicitLayer(layer.tensors, (layer.size,), layer.dense() @ left)
         assert isinstance(layer, FactoredLayer)
         return FactoredLayer(layer.tensors, layer.a @ self.right.to(left), layer.g @ left, bias=False)
 
-    def _halves(self, layer: Layer, d: Tensor) -> list[tuple[slice, Tensor]]:
-        """J Q diag(√d), [n, C, p], in tiles of rows."""
-        like = self._like(layer)
-        root = d.sqrt().to(like)
-        width = like.shape[1] * layer.size
-        return [(rows, self._turned(layer[rows]).dense() * root) for rows in tiles(len(like), width, like)]
-
-    @staticmethod
-    def _like(layer: Layer) -> Tensor:
-        return layer.jac if isinstance(layer, ExplicitLayer) else layer.g
+    def _halves(self, layer: Layer, scale: float) -> Iterator[Tensor]:
+        """J Q (scale · I + diag(values))^{-1/2}, [n, C, p], in tiles of rows."""
+        like = layer.parts[-1]
+        values = self.values if self.values is not None else like.new_zeros(())
+        root = (scale + values).rsqrt().to(like)
+        for rows in tiles(len(like), like.shape[1] * layer.size, like):
+            yield self._turned(layer[rows]).dense() * root
 
 
 Moments = tuple[Tensor, ...]  # what sums over data, before it is a Curvature
@@ -257,7 +252,7 @@ def kind_of(layer: Layer, structure: str, dense_limit: int) -> type[Curvature]:
 
 def moments(kind: type[Curvature], layer: Layer, sites: Sites) -> Moments:
     """Return the sums over a block of data that a `Curvature` of this kind is made of, in float64."""
-    like = layer.jac if isinstance(layer, ExplicitLayer) else layer.g
+    like = layer.parts[-1]
     width = like[0].numel() if kind is not Dense and isinstance(layer, FactoredLayer) else like.shape[1] * layer.size
     parts = [_moments(kind, layer[rows], sites[rows]) for rows in tiles(len(like), width, like)]
     return tuple(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))

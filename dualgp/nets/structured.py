@@ -4,14 +4,13 @@
 
 as for a dense B (`Posterior` on `JacobianBasis.of_weights`), whose verbs these have. What is dropped is said by the
 structure: "diagonal" keeps diag(B), exactly. "kronecker" drops the blocks between layers and, within a layer, replaces
-Σᵢ aᵢaᵢᵀ ⊗ gᵢβᵢgᵢᵀ over one set of data by its factors' product (KFAC); sets of data then add without further loss.
+Σᵢ gᵢᵀβᵢgᵢ ⊗ aᵢaᵢᵀ over one set of data by the product of its factors (KFAC); sets of data then add without more loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
@@ -21,59 +20,26 @@ from torch import Tensor
 from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, UnsupportedError
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
-from dualgp.kernels.layers import FactoredLayer, Layer
 from dualgp.linalg import symmetrise
-from dualgp.nets.factors import Curvature, Kronecker, Moments, Spectrum, curvature, kind_of, moments, split_bias
+from dualgp.nets.factors import Kronecker, LayerSpectrum
+from dualgp.nets.layerwise import Key, Structure, StructuredSite, StructuredSum
+from dualgp.nets.spectrum import FunctionBlocks, log_evidence
 from dualgp.sites import Sites
 
-Structure: TypeAlias = Literal["diagonal", "kronecker"]
-Key: TypeAlias = tuple[int, ...]  # the parameter tensors of a layer
-
-
-@dataclass(frozen=True, eq=False)
-class StructuredSite:
-    """One Gaussian factor on w, t(w) = exp(λᵀw − ½ wᵀBw), with B block-diagonal over layers.
-
-    Args:
-        lam: λ, [P], in float64.
-        blocks: B of each layer that data have said something of.
-    """
-
-    lam: Float[Tensor, "P"]
-    blocks: Mapping[Key, Curvature]
-
-    def __add__(self, other: StructuredSite) -> StructuredSite:
-        if self.lam.shape != other.lam.shape:
-            raise BasisMismatchError(f"Sites of one basis add; got {len(self.lam)} and {len(other.lam)} coordinates.")
-        blocks = dict(self.blocks)
-        for key, block in other.blocks.items():
-            blocks[key] = blocks[key] + block if key in blocks else block
-        kept = {k: b for k, b in blocks.items() if not (isinstance(b, Kronecker) and not b.terms)}
-        return StructuredSite(self.lam + other.lam, kept)
-
-    def __sub__(self, other: StructuredSite) -> StructuredSite:
-        return self + (-1.0) * other
-
-    def __mul__(self, factor: float | int) -> StructuredSite:
-        return StructuredSite(self.lam * factor, {key: block * factor for key, block in self.blocks.items()})
-
-    __rmul__ = __mul__
+Spectra = Mapping[Key, LayerSpectrum | None]
 
 
 class StructuredPosterior:
     """q(w) = N(P⁻¹λ, P⁻¹) with P = I + B block-diagonal over layers; verbs and shapes are those of `Posterior`.
 
     The coordinates are all the weights, so there is no residual. Predictions are taken layer by layer in the
-    eigenbasis of B, and no Jacobian is formed. Layers without Kronecker factors have a block of their own: normalisation,
-    lone biases and unknown layers a dense one (a diagonal above `dense_limit`), embeddings a diagonal.
+    eigenbasis of B, and no Jacobian is formed. Layers without Kronecker factors have a block of their own:
+    normalisation, lone biases and unknown layers a dense one (a diagonal above `dense_limit`), embeddings a diagonal.
 
     Args:
         basis: `JacobianBasis.of_weights(jacobian, prior_precision)`.
         site: the sum of the data's sites; the prior itself if None.
-        structure: "kronecker" or "diagonal".
-        separate_bias: also drop the block between weight and bias of a layer, as laplace-torch does.
-        dense_limit: parameters of a layer up to which a dense eigendecomposition is taken where factors do not do:
-            where several sets of data have been added, and where a layer has none.
+        structure: "kronecker", "diagonal", or a `Structure` with its options.
 
     Raises:
         InputError: if the basis is not one of all weights, or the structure unknown.
@@ -81,7 +47,7 @@ class StructuredPosterior:
         NotPositiveDefiniteError: if I + B is not positive definite.
 
     Source: Ritter et al. 2018 (Kronecker-factored Laplace); Daxberger et al. 2021 (laplace-torch), whose numbers one
-    set of data gives with `separate_bias=True`.
+    set of data gives with `Structure(separate_bias=True)`.
 
     Example:
         >>> from dualgp.kernels import NetworkJacobian
@@ -96,25 +62,20 @@ class StructuredPosterior:
         self,
         basis: JacobianBasis,
         site: StructuredSite | None = None,
+        structure: Structure | str = "kronecker",
         *,
-        structure: Structure = "kronecker",
-        separate_bias: bool = False,
-        dense_limit: int = 3000,
-        _spectra: Mapping[Key, Spectrum | None] | None = None,
+        _spectra: Spectra | None = None,
     ) -> None:
         if basis.has_residual or not basis.coupled:
             raise InputError("A structured posterior is over all weights: use JacobianBasis.of_weights(...).")
-        if structure not in ("diagonal", "kronecker"):
-            raise InputError(f"structure must be 'diagonal' or 'kronecker', got {structure!r}.")
         if site is None:
             site = StructuredSite(torch.zeros(basis.size, dtype=torch.float64, device=basis.device), {})
         if site.lam.shape != (basis.size,):
             raise BasisMismatchError(f"The basis has {basis.size} coordinates, the site {tuple(site.lam.shape)}.")
-        self.basis, self.site, self.structure = basis, site, structure
-        self.separate_bias, self.dense_limit = separate_bias, dense_limit
-        self._phi = basis.jacobian.scaled(_tau(basis).rsqrt())  # φ = J/√τ
+        self.basis, self.site = basis, site
+        self.structure = Structure(structure) if isinstance(structure, str) else structure  # type: ignore[arg-type]
         if _spectra is None:
-            _spectra = {key: block.spectrum(dense_limit) for key, block in site.blocks.items()}
+            _spectra = {key: block.spectrum(self.structure.dense_limit) for key, block in site.blocks.items()}
         self._spectra = _spectra
         smallest = min((float(s.values.min()) for s in _spectra.values() if s is not None), default=0.0)
         if not smallest > -1.0:
@@ -122,8 +83,6 @@ class StructuredPosterior:
                 f"The posterior precision has smallest eigenvalue {1 + smallest:.3e}; a Gaussian needs it positive. "
                 "More was removed than had been added."
             )
-
-    # ---- predictions
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [T, C].
@@ -140,22 +99,14 @@ class StructuredPosterior:
         mean, cov = self.function_blocks(x)
         return mean.to(self.basis.dtype), cov.to(self.basis.dtype)
 
-    @torch.no_grad()
     def function_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [T, C] and covariance φP⁻¹φᵀ [T, C, C] of each datum in float64. Errors as in `predict`."""
         self.basis.check_inputs(x)
-        variances = {key: self._variance(key) for key in self._spectra}
-        C, w = self.basis.num_outputs, self.mean_w.unsqueeze(-1)
-        means, covs = [self.site.lam.new_zeros(0, C)], [self.site.lam.new_zeros(0, C, C)]
-        for _, block in self._phi.blocks(x):
-            parts = [
-                self._spectrum(layer.tensors).quad(layer, variances[layer.tensors])
-                if layer.tensors in variances
-                else layer.quad()
-                for layer in self._layers(block)
-            ]
-            covs.append(torch.stack(parts).sum(0).double())
-            means.append(block.f.double() + block.matmul(w).squeeze(-1).double())
+        C, w = self.basis.num_outputs, self.mean_w
+        means, covs = [w.new_zeros(0, C)], [w.new_zeros(0, C, C)]
+        for _, phi in self.blocks(x):
+            means.append(linear(phi, w))
+            covs.append(self.covariance(phi))
         return torch.cat(means), torch.cat(covs)
 
     @torch.no_grad()
@@ -168,16 +119,11 @@ class StructuredPosterior:
         self.basis.check_inputs(z)
         C = self.basis.num_outputs
         out = self.site.lam.new_zeros(len(x), C, len(z), C)
-        for columns, right in self._phi.blocks(z):
-            for rows, left in self._phi.blocks(x):
-                for mine, theirs in zip(self._layers(left), self._layers(right), strict=True):
-                    key = mine.tensors
-                    if key in self._spectra:
-                        block = self._spectrum(key).cross(mine, theirs, self._variance(key))
-                    else:
-                        block = left.f.new_zeros(len(left), C, len(right), C)
-                        mine.add_gram(block, theirs)  # type: ignore[arg-type]
-                    out[rows, :, columns] += block
+        for columns, right in self.blocks(z):
+            for rows, left in self.blocks(x):
+                pairs = zip(self.structure.layers(left), self.structure.layers(right), strict=True)
+                for mine, theirs in pairs:
+                    out[rows, :, columns] += self._spectrum(mine.tensors).cross(mine, theirs, 1.0)
         return out
 
     def predict_joint(self, x: Tensor) -> MultitaskMultivariateNormal:
@@ -186,28 +132,31 @@ class StructuredPosterior:
         cov = symmetrise(self.function_cross(x, x).flatten(2).flatten(0, 1))
         return MultitaskMultivariateNormal(mean.to(self.basis.dtype), cov.to(self.basis.dtype))
 
-    @torch.no_grad()
     def sample(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return joint draws of f(x) = f(x; θ*) + φ(x)w at draws of w, [S, T, C]. Errors as in `predict`."""
         self.basis.check_inputs(x)
-        w = self.sample_weights(num_samples, generator=generator).mT  # [P, S]
+        w = self.sample_weights(num_samples, generator=generator).mT
         parts = [w.new_zeros(0, self.basis.num_outputs, num_samples)]
-        parts += [block.f.double().unsqueeze(-1) + block.matmul(w).double() for _, block in self._phi.blocks(x)]
+        parts += [phi.f.double().unsqueeze(-1) + phi.matmul(w).double() for _, phi in self.blocks(x)]
         return torch.cat(parts).movedim(-1, 0).to(self.basis.dtype)
 
     def sample_weights(self, num_samples: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
         """Return draws of w = √τ(θ − θ*) ~ N(w̄, P⁻¹), in float64. Errors as in `predict`."""
         lam = self.site.lam
         noise = torch.randn(num_samples, len(lam), dtype=lam.dtype, device=lam.device, generator=generator).mT
-        return (self.mean_w.unsqueeze(-1) + self._apply(noise, -0.5)).mT
+        scale = (1.0 + self.eigenvalues).rsqrt().unsqueeze(-1)
+        return (self.mean_w.unsqueeze(-1) + self.from_eigenbasis(scale * noise)).mT
 
     @property
     def mean_w(self) -> Float[Tensor, "P"]:
         """w̄ = P⁻¹λ, in float64."""
-        return self._apply(self.site.lam.unsqueeze(-1), -1.0).squeeze(-1)
+        lam = self.site.lam.unsqueeze(-1)
+        if not bool(lam.any()):
+            return self.site.lam
+        scale = 1.0 / (1.0 + self.eigenvalues).unsqueeze(-1)
+        return self.from_eigenbasis(scale * self.to_eigenbasis(lam)).squeeze(-1)
 
-    # ---- the algebra of sites
-
+    @torch.no_grad()
     def project(self, x: Tensor, sites: Sites) -> StructuredSite:
         """Return the site on w of one set of data: for Kronecker one term for each layer; see `project_batches`.
 
@@ -218,34 +167,18 @@ class StructuredPosterior:
 
     @torch.no_grad()
     def project_batches(self, batches: Iterable[tuple[Tensor, Sites]]) -> StructuredSite:
-        """Return the site on w of one set of data that comes in batches, whose order does not matter.
-
-            λ = Σ φᵢᵀαᵢ,   B of a layer = (Σᵢ gᵢᵀβᵢgᵢ) ⊗ (1/(NS) Σ aᵢaᵢᵀ),   or Σᵢ φᵢᵀβᵢφᵢ, or the diagonal of that
-
-        Raises:
-            InputError: if a batch does not fit the basis or its sites.
-        """
-        lam = torch.zeros_like(self.site.lam)
-        sums: dict[Key, Moments] = {}
-        made: dict[Key, tuple[type[Curvature], tuple[int, ...], bool]] = {}
+        """Return the site on w of one set of data that comes in batches, in any order. Errors as in `project`."""
+        total = StructuredSum(self.basis, self.structure)
         for x, sites in batches:
             self._check_sites(self.basis.check_inputs(x), sites)
             sites = sites.to(self.basis.device)
-            for rows, block in self._phi.blocks(x):
-                at = sites[rows]
-                lam += block.rmatmul(at.alpha(block.f.double()).unsqueeze(-1)).squeeze(-1)
-                for layer in self._layers(block):
-                    key, kind = layer.tensors, kind_of(layer, self.structure, self.dense_limit)
-                    new = moments(kind, layer, at)
-                    sums[key] = tuple(map(torch.add, sums[key], new)) if key in sums else new
-                    sizes = tuple(self.basis.jacobian.shapes[t].numel() for t in key)
-                    made[key] = kind, sizes, isinstance(layer, FactoredLayer) and layer.bias
-        blocks = {key: curvature(kind, sums[key], sizes, bias) for key, (kind, sizes, bias) in made.items()}
-        return StructuredSite(lam, blocks)
+            for rows, phi in self.blocks(x):
+                total.add(phi, sites[rows])
+        return total.site()
 
     def add(self, x: Tensor, sites: Sites) -> StructuredPosterior:
         """Return the posterior with the sites of inputs x added, a set of data of its own. Errors as in `project`."""
-        return self._with(self.site + self.project(x, sites))
+        return self.with_site(self.site + self.project(x, sites))
 
     def remove(self, x: Tensor, sites: Sites) -> StructuredPosterior:
         """Return the posterior with the sites of inputs x taken out.
@@ -256,7 +189,7 @@ class StructuredPosterior:
         Raises:
             NotPositiveDefiniteError: if no Gaussian is left; the message has the smallest eigenvalue.
         """
-        return self._with(self.site - self.project(x, sites))
+        return self.with_site(self.site - self.project(x, sites))
 
     def scale(self, factor: float | int) -> StructuredPosterior:
         """Return the posterior with every site scaled, prior · tᶠ.
@@ -266,7 +199,7 @@ class StructuredPosterior:
         """
         if not (factor >= 0 and factor < float("inf")):
             raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
-        return self._with(self.site * factor)
+        return self.with_site(self.site * factor)
 
     def temper(self, temperature: float | int) -> StructuredPosterior:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0."""
@@ -274,10 +207,10 @@ class StructuredPosterior:
             raise InputError(f"The temperature must be positive, got {temperature}.")
         return self.scale(1.0 / temperature)
 
-    def shift(self, lam: Float[Tensor, "P"]) -> StructuredPosterior:
-        """Return the posterior times a linear site exp(λᵀw): another centre, the same covariance."""
-        site = replace(self.site, lam=self.site.lam + lam.to(self.site.lam))
-        return self._with(site, spectra=self._spectra)
+    def with_site(self, site: StructuredSite) -> StructuredPosterior:
+        """Return the posterior of another site, in the same basis and structure; free if only λ is another."""
+        spectra = self._spectra if site.blocks is self.site.blocks else None
+        return StructuredPosterior(self.basis, site, self.structure, _spectra=spectra)
 
     def rebase(self, basis: JacobianBasis) -> StructuredPosterior:
         """Return this posterior under another prior precision, `basis.with_prior_precision(τ)`; exact.
@@ -289,14 +222,14 @@ class StructuredPosterior:
         """
         if not isinstance(basis, JacobianBasis) or basis.jacobian is not self.basis.jacobian:
             raise BasisMismatchError("The site is on another network; project the data anew.")
-        factor = (_tau(self.basis) / _tau(basis)).sqrt()
-        sizes = torch.tensor([shape.numel() for shape in basis.jacobian.shapes])
-        lam = factor.repeat_interleave(sizes).to(self.site.lam) * self.site.lam
-        device = self.site.lam.device
-        blocks = {key: block.rescaled(factor[list(key)].to(device)) for key, block in self.site.blocks.items()}
+        factor = (_tau(self.basis) / _tau(basis)).sqrt().to(self.basis.device)
+        sizes = torch.tensor([shape.numel() for shape in basis.jacobian.shapes], device=self.basis.device)
+        lam = factor.repeat_interleave(sizes) * self.site.lam
+        blocks = {key: block.rescaled(factor[list(key)]) for key, block in self.site.blocks.items()}
         uniform = bool((factor == factor[0]).all())
-        spectra = {k: s and replace(s, values=s.values * float(factor[0]) ** 2) for k, s in self._spectra.items()}
-        return self._with(StructuredSite(lam, blocks), basis, spectra if uniform else None)
+        spectra = {k: s and replace(s, values=s.values * factor[0] ** 2) for k, s in self._spectra.items()}
+        site = StructuredSite(lam, blocks)
+        return StructuredPosterior(basis, site, self.structure, _spectra=spectra if uniform else None)
 
     def nearest(self) -> StructuredPosterior:
         """Return an approximation: each layer's sum of Kronecker products replaced by the nearest single one.
@@ -305,9 +238,7 @@ class StructuredPosterior:
         data, since this one has forgotten which they were.
         """
         near = {k: b.nearest() if isinstance(b, Kronecker) else b for k, b in self.site.blocks.items()}
-        return self._with(replace(self.site, blocks=near))
-
-    # ---- evidence
+        return self.with_site(replace(self.site, blocks=near))
 
     def logdet(self, prior_precision: float | Tensor | None = None) -> Tensor:
         """Return log|I + B| at this or another prior precision τ, in O(P) for one number.
@@ -316,58 +247,74 @@ class StructuredPosterior:
         """
         if prior_precision is not None:
             return self.rebase(self.basis.with_prior_precision(prior_precision)).logdet()
-        logs = [self._spectrum(key).values.log1p().sum() for key in self._spectra]
-        return torch.stack(logs).sum() if logs else self.site.lam.new_zeros(())
+        return self.eigenvalues.log1p().sum()
 
     def kl(self) -> Tensor:
         """Return KL(q ‖ prior) in nats: ½ [tr P⁻¹ − P + log|P| + |w̄|²]."""
-        traces = [(self._variance(key) - 1.0).sum() for key in self._spectra]
-        return 0.5 * (sum(traces, self.logdet()) + self.mean_w.square().sum())
+        e = self.eigenvalues
+        return 0.5 * (e.log1p() - e / (1.0 + e)).sum() + 0.5 * self.mean_w.square().sum()
 
-    def _with(
-        self,
-        site: StructuredSite,
-        basis: JacobianBasis | None = None,
-        spectra: Mapping[Key, Spectrum | None] | None = None,
-    ) -> StructuredPosterior:
-        return StructuredPosterior(
-            basis or self.basis,
-            site,
-            structure=self.structure,
-            separate_bias=self.separate_bias,
-            dense_limit=self.dense_limit,
-            _spectra=spectra,
-        )
+    def spectrum(self, site: StructuredSite, prior: Float[Tensor, "P"]) -> StructuredSpectrum:
+        """Return what predictions and evidence at other prior precisions need, for the site of the data alone.
 
-    def _layers(self, block: JacobianBlock) -> Iterator[Layer]:
-        for layer in block.layers:
-            yield from split_bias(layer) if self.separate_bias else (layer,)
+        Args:
+            site: with the precision of this posterior's.
+            prior: √τ θ*, or zeros where the prior is centred at the network.
+        """
+        turned = [self.to_eigenbasis(v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior)]
+        return StructuredSpectrum(self, self.eigenvalues, *turned)
 
-    def _spectrum(self, key: Key) -> Spectrum:
-        spectrum = self._spectra[key]
+    def blocks(self, x: Tensor) -> Iterator[tuple[slice, JacobianBlock]]:
+        """Yield (data, f and φ = J/√τ by layers) of as many rows at a time as the Jacobian's budget holds."""
+        return self.basis.jacobian.scaled(_tau(self.basis).rsqrt()).blocks(x)
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, "P"]:
+        """Those of B, in the order of `to_eigenbasis`; 0 where data have said nothing."""
+        out = torch.zeros_like(self.site.lam).unsqueeze(-1)
+        for key in self._spectra:
+            self._put(out, key, self._spectrum(key).values.unsqueeze(-1))
+        return out.squeeze(-1)
+
+    def to_eigenbasis(self, v: Float[Tensor, "P r"]) -> Float[Tensor, "P r"]:
+        """Return Qᵀv, with B = Q diag(eigenvalues) Qᵀ."""
+        out = v.clone()
+        for key in self._spectra:
+            self._put(out, key, self._spectrum(key).forward(self._take(v, key)))
+        return out
+
+    def from_eigenbasis(self, v: Float[Tensor, "P r"]) -> Float[Tensor, "P r"]:
+        """Return Qv."""
+        out = v.clone()
+        for key in self._spectra:
+            self._put(out, key, self._spectrum(key).back(self._take(v, key)))
+        return out
+
+    @torch.no_grad()
+    def covariance(self, phi: JacobianBlock, scale: float = 1.0) -> Float[Tensor, "n C C"]:
+        """Return φ(scale · I + B)⁻¹φᵀ of each row, in float64."""
+        layers = list(self.structure.layers(phi))
+        return torch.stack([self._spectrum(layer.tensors).quad(layer, scale) for layer in layers]).sum(0).double()
+
+    def _spectrum(self, key: Key) -> LayerSpectrum:
+        spectrum = self._spectra.get(key, LayerSpectrum())
         if spectrum is None:
             names = [self.basis.jacobian.names[t] for t in key]
             raise UnsupportedError(
                 f"The curvature of {names} is a sum of Kronecker products of several sets of data, which has no "
-                f"factors, and it has more than dense_limit = {self.dense_limit} parameters. Take the nearest single "
-                "product with q.nearest(), an approximation; raise dense_limit; or project all data as one set."
+                f"factors, and it has more than dense_limit = {self.structure.dense_limit} parameters. Take the "
+                "nearest single product with nearest(), an approximation; raise dense_limit; or project all data as "
+                "one set."
             )
         return spectrum
 
-    def _variance(self, key: Key) -> Tensor:
-        return 1.0 / (1.0 + self._spectrum(key).values)
+    def _take(self, v: Tensor, key: Key) -> Tensor:
+        return torch.cat([v[self.basis.jacobian.slices[t]] for t in key])
 
-    def _apply(self, v: Float[Tensor, "P r"], power: float) -> Float[Tensor, "P r"]:
-        """Return Pᵖ v for p = −1, and the root of it by Q for p = −½."""
-        out = v.clone()
-        for key in self._spectra:
-            spectrum, slices = self._spectrum(key), [self.basis.jacobian.slices[t] for t in key]
-            mine = torch.cat([v[s] for s in slices])
-            scale = (1.0 + spectrum.values).pow(power).unsqueeze(-1)
-            mine = spectrum.back(scale * (mine if power == -0.5 else spectrum.forward(mine)))
-            for s, piece in zip(slices, mine.split([s.stop - s.start for s in slices]), strict=True):
-                out[s] = piece
-        return out
+    def _put(self, out: Tensor, key: Key, values: Tensor) -> None:
+        slices = [self.basis.jacobian.slices[t] for t in key]
+        for at, piece in zip(slices, values.split([s.stop - s.start for s in slices]), strict=True):
+            out[at] = piece
 
     def _check_sites(self, n: int, sites: Sites) -> None:
         C = self.basis.num_outputs
@@ -376,6 +323,44 @@ class StructuredPosterior:
                 f"{n} inputs and num_outputs={C} need sites of shape [{n}, {C}] with multi_output=True, got "
                 f"{tuple(sites.lam.shape)}."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredSpectrum:
+    """The site of the data in its eigenbasis, on all weights; see `dualgp.nets.spectrum.Spectrum`.
+
+    Args:
+        posterior: at prior precision τ.
+        values: b, [P].
+        data: a = Qᵀλ, [P].
+        prior: c = Qᵀ√τθ*, the same; 0 where the prior is centred at the network.
+    """
+
+    posterior: StructuredPosterior
+    values: Float[Tensor, "P"]
+    data: Float[Tensor, "P"]
+    prior: Float[Tensor, "P"]
+
+    def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+        """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(P)."""
+        return log_evidence(self.posterior.basis, self.values, self.data, self.prior, s)
+
+    def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
+        """Yield, for blocks of x, the function there at each of the prior precisions sτ."""
+        for rows, phi in self.posterior.blocks(x):
+            yield rows, self._sweep(phi, s)
+
+    def _sweep(self, phi: JacobianBlock, s: Tensor) -> Iterator[FunctionBlocks]:
+        for one in s.tolist():
+            w = ((self.data - one * self.prior) / (one + self.values)).unsqueeze(-1)
+            mean = linear(phi, self.posterior.from_eigenbasis(w).squeeze(-1))
+            yield FunctionBlocks(mean, self.posterior.covariance(phi, one), 0.0)
+
+
+def linear(phi: JacobianBlock, w: Float[Tensor, "P"]) -> Float[Tensor, "n C"]:
+    """Return f(x; θ*) + φw in float64."""
+    f = phi.f.double()
+    return f + phi.matmul(w.unsqueeze(-1)).squeeze(-1).double() if bool(w.any()) else f
 
 
 def _tau(basis: JacobianBasis) -> Tensor:
