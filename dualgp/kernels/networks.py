@@ -17,7 +17,12 @@ from dualgp.errors import InputError, UnsupportedError
 Selection = str | Sequence[str] | Callable[[str], bool]
 
 
-def frozen_network(network: nn.Module) -> nn.Module:
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the module that torch.compile wraps, or the module itself."""
+    return getattr(network, "_orig_mod", network)
+
+
+def frozen_network(network: object) -> nn.Module:
     """Return an eval-mode copy that shares nothing with `network` and takes no gradient, in float32 or float64.
 
     Raises:
@@ -26,7 +31,7 @@ def frozen_network(network: nn.Module) -> nn.Module:
     """
     if not isinstance(network, nn.Module):
         raise UnsupportedError(f"Expected a torch.nn.Module, got {type(network).__name__}.")
-    network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
+    network = unwrapped(network)
     state = [*network.parameters(), *network.buffers()]
     if any(is_lazy(t) for t in state):
         raise UnsupportedError("The network has lazy layers without parameters yet: call it once, then pass it.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from dualgp.kernels.networks import (
     has_own_parameters,
     plain_kernels,
     select_parameters,
+    unwrapped,
 )
 from dualgp.kernels.readers import Reader
 
@@ -158,8 +160,7 @@ class NetworkJacobian:
         self, network: nn.Module, example: Tensor, *, params: Selection = "all", budget: int = 256 << 20
     ) -> None:
         self._network = frozen_network(network)
-        network = getattr(network, "_orig_mod", network)
-        trainable = {name for name, p in network.named_parameters() if p.requires_grad}
+        trainable = {name for name, p in unwrapped(network).named_parameters() if p.requires_grad}
         first = next(self._network.parameters(), None)
         if first is None:
             raise InputError("The network has no parameters.")
@@ -179,10 +180,10 @@ class NetworkJacobian:
             self.slices = tuple(slice(a, b) for a, b in pairwise(stops))
             self._scales: Tensor | None = None
             self._reader = Reader.verified(self._network, self.names, rows)
-            self._row_bytes = activations + self._layer_bytes(rows)
-        if self._row_bytes > self.budget:
+            self.row_bytes = activations + self._layer_bytes(rows)
+        if self.row_bytes > self.budget:
             raise InputError(
-                f"One row of the Jacobian takes {self._row_bytes:,} bytes, more than the budget of {self.budget:,}. "
+                f"One row of the Jacobian takes {self.row_bytes:,} bytes, more than the budget of {self.budget:,}. "
                 "Raise the budget, or select fewer parameters (params='last_layer', or names)."
             )
 
@@ -272,41 +273,44 @@ class NetworkJacobian:
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.input_shape or x.ndim == 0:
-            raise InputError(f"Expected x of shape [n, {str(tuple(self.input_shape))[1:-1]}], got {tuple(x.shape)}.")
+            sizes = ", ".join(["n", *map(str, self.input_shape)])
+            raise InputError(f"Expected x of shape [{sizes}], got {tuple(x.shape)}.")
         return x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype)
 
     def _chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        x, step = self._rows(x), self.budget // self._row_bytes
+        x, step = self._rows(x), self.budget // self.row_bytes
         for start in range(0, len(x), step):
             yield slice(start, min(start + step, len(x))), x[start : start + step]
 
     def _forward(self, x: Tensor) -> tuple[list[str], int]:
         """Check f on rows together and alone; return the order of modules, and the bytes of activations of a row."""
         order: list[str] = []
-        total = [x.numel() * x.element_size()]
-        hooks = []
-        for name, module in self._network.named_modules():
-            if has_own_parameters(module) and "parametrizations" not in name.split("."):
-                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
-            if not any(module.children()):
-                hooks.append(module.register_forward_hook(lambda _, __, z: total.append(_bytes(z))))
+        total = [_bytes(x)]
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in self._network.named_modules():
+                if has_own_parameters(module) and "parametrizations" not in name.split("."):
+                    hook = module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+                    hooks.callback(hook.remove)
+                if not any(module.children()):
+                    hook = module.register_forward_hook(lambda _, __, z: total.append(_bytes(z)))
+                    hooks.callback(hook.remove)
+            f = _finite(as_outputs(self._network(x), len(x)), "The network's outputs")
+        self.num_outputs = f.shape[1]
+        reason = "their values differ"
         try:
             with torch.no_grad():
-                f = as_outputs(self._network(x), len(x))
-                size = sum(total) // len(x)
                 alone = torch.cat([as_outputs(self._network(row.unsqueeze(0)), 1) for row in x])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.num_outputs = f.shape[1]
-        tolerance = (1e-4 if f.dtype == torch.float32 else 1e-9) * _finite(f, "The network's outputs").abs().max()
-        if (f - alone).abs().max() > tolerance:
+            tolerance = 1e-4 if f.dtype == torch.float32 else 1e-9
+            same = bool((f - alone).abs().max() <= tolerance * f.abs().max())
+        except (RuntimeError, ValueError, IndexError) as error:
+            same, reason = False, f"a row alone raises {error}"
+        if not same:
             raise UnsupportedError(
-                "The outputs of a row change with the other rows of the batch, or from call to call. Batch "
+                f"The outputs of a row change with the other rows of the batch, or from call to call: {reason}. Batch "
                 "normalisation without running statistics and dropout that ignores eval mode are common causes: "
                 "replace them."
             )
-        return order, size
+        return order, sum(total) // len(x)
 
 
 def _bytes(z: object) -> int:

@@ -41,7 +41,10 @@ class Reader:
         u = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
         truth: dict[int, Tensor] = {}
         if f.requires_grad:
-            grads = torch.autograd.grad(f, parameters, u, allow_unused=True)
+            try:
+                grads = torch.autograd.grad(f, parameters, u, allow_unused=True)
+            except RuntimeError as error:
+                raise UnsupportedError(f"autograd cannot differentiate the network: {error}") from error
             truth = {i: g for i, g in enumerate(grads) if g is not None}
         if not truth:
             raise UnsupportedError(
@@ -49,8 +52,8 @@ class Reader:
                 "runs under no_grad or detaches them. Select parameters that the outputs depend on."
             )
         plans = find_plans(network, {id(p): i for i, p in enumerate(parameters) if i in truth})
-        _, calls = trace(network, x, [m for plan in plans for m in plan.modules])
-        kept = [found for plan in plans if (found := _verified_plan(plan, calls, u, truth))]
+        _, calls = trace(network, x, _modules(plans))
+        kept = [found for plan in plans for found in _verified_plans(plan, calls, u, truth)]
         covered = {t for plan in kept for t in plan.tensors}
         reader = cls(network, names, tuple(kept), tuple(i for i in truth if i not in covered))
         return reader._with_rows(x, u, truth) if reader.explicit else reader
@@ -72,18 +75,13 @@ class Reader:
             "`params`, or write the layer with torch operations that torch.func can map."
         )
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules to tap."""
-        return list(dict.fromkeys(m for plan in self.plans for m in plan.modules))
-
     def read(self, x: Tensor) -> tuple[Tensor, tuple[Layer, ...]]:
         """Return f [n, C] and the layers of J.
 
         Raises:
             UnsupportedError: if a layer does not act on these rows as it did on the example.
         """
-        f, calls = trace(self.network, x, self.modules)
+        f, calls = trace(self.network, x, _modules(self.plans))
         try:
             layers = [plan.build(calls, len(x)) for plan in self.plans]
         except MismatchError as error:
@@ -92,13 +90,20 @@ class Reader:
                 "network so that it treats every number of rows alike."
             ) from error
         if self.explicit:
-            jacs = [j.flatten(2) for j in self.rows_of(self.network, [self.names[i] for i in self.explicit], x)]
+            jacs = [
+                j.reshape(*f.shape, -1) for j in self.rows_of(self.network, [self.names[i] for i in self.explicit], x)
+            ]
             layers.append(ExplicitLayer(self.explicit, tuple(j.shape[-1] for j in jacs), torch.cat(jacs, -1)))
         return f.detach(), tuple(layers)
 
 
-def _verified_plan(plan: Plan, calls: Sequence[Call], u: Tensor, truth: dict[int, Tensor]) -> Plan | None:
-    """Return the plan with the batch dimension at which it agrees with autograd, or None."""
+def _modules(plans: Sequence[Plan]) -> list[nn.Module]:
+    """The modules to tap, each once."""
+    return list(dict.fromkeys(m for plan in plans for m in plan.modules))
+
+
+def _verified_plans(plan: Plan, calls: Sequence[Call], u: Tensor, truth: dict[int, Tensor]) -> list[Plan]:
+    """Return the plan with the batch dimension at which it agrees with autograd; else what does of its parts."""
     for batch_dim in (0, 1):
         candidate = replace(plan, batch_dim=batch_dim)
         try:
@@ -107,8 +112,9 @@ def _verified_plan(plan: Plan, calls: Sequence[Call], u: Tensor, truth: dict[int
             continue
         values = total.split([truth[t].numel() for t in plan.tensors])
         if all(_agrees(v.view_as(truth[t]), t, truth) for t, v in zip(plan.tensors, values, strict=True)):
-            return candidate
-    return None
+            return [candidate]
+    parts = zip((plan.kind, "bias"), plan.tensors, strict=True) if len(plan.tensors) > 1 else ()
+    return [p for kind, t in parts for p in _verified_plans(replace(plan, kind=kind, tensors=(t,)), calls, u, truth)]
 
 
 def _agrees(value: Tensor, tensor: int, truth: dict[int, Tensor]) -> bool:

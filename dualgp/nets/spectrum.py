@@ -66,11 +66,7 @@ class Spectrum:
             NotPositiveDefiniteError: if more was removed from the site than was in it.
         """
         self._check(s)
-        b, a, c = (t.flatten() for t in (self.values, self.data, self.prior))
-        s = s.to(b).unsqueeze(-1)
-        fit = ((a - s * c).square() / (s + b)).sum(-1)
-        energy = s.squeeze(-1) * self.basis.whitened_theta.square().sum()
-        return 0.5 * (fit - energy - torch.log1p(b / s).sum(-1))
+        return log_evidence(self.basis, self.values.flatten(), self.data.flatten(), self.prior.flatten(), s)
 
     def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
         """Yield, for blocks of x, the function there at each of the prior precisions sτ, in O(C²r) per datum.
@@ -103,3 +99,11 @@ class Spectrum:
                 f"At {float(s.min()):.3e} of the present prior precision no Gaussian is left: the sites have smallest "
                 f"eigenvalue {least:.3e}. More was removed than had been added."
             )
+
+
+def log_evidence(basis: JacobianBasis, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, by the formula above."""
+    s = s.to(b).unsqueeze(-1)
+    fit = ((a - s * c).square() / (s + b)).sum(-1)
+    energy = s.squeeze(-1) * basis.whitened_theta.square().sum()
+    return 0.5 * (fit - energy - torch.log1p(b / s).sum(-1))
