@@ -5,7 +5,7 @@ import math
 import gpytorch
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from networks import jacobian, mlp
+from jacobians import jacobian, mlp
 from torch import Tensor, nn
 
 from dualgp import laplace_sites

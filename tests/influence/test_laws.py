@@ -6,7 +6,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, MultitaskGaussianLikelihood, SoftmaxLikelihood
 from gpytorch.means import ConstantMean
 from leaning import F64
-from networks import jacobian, mlp
+from jacobians import jacobian, mlp
 from torch import Tensor
 from toys import at, gap, gaussian, line, matern, random_sites, rbf, waves
 

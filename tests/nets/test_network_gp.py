@@ -28,7 +28,7 @@ from netproblems import (
     theta,
     trained,
 )
-from networks import jacobian, mlp
+from jacobians import jacobian, mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, X, Y, gaussian
-from networks import mlp
+from jacobians import mlp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
