@@ -29,7 +29,7 @@ class Curvature(ABC):
     def __add__(self, other: Curvature) -> Curvature: ...
 
     @abstractmethod
-    def __mul__(self, factor: float) -> Curvature: ...
+    def __mul__(self, factor: float | int) -> Curvature: ...
 
     @abstractmethod
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Curvature:
@@ -62,7 +62,7 @@ class Diagonal(Curvature):
         self._same_kind(other)
         return replace(self, d=self.d + other.d)  # type: ignore[attr-defined]
 
-    def __mul__(self, factor: float) -> Diagonal:
+    def __mul__(self, factor: float | int) -> Diagonal:
         return replace(self, d=self.d * factor)
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Diagonal:
@@ -89,7 +89,7 @@ class Dense(Curvature):
         self._same_kind(other)
         return replace(self, B=self.B + other.B)  # type: ignore[attr-defined]
 
-    def __mul__(self, factor: float) -> Dense:
+    def __mul__(self, factor: float | int) -> Dense:
         return replace(self, B=self.B * factor)
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Dense:
@@ -130,7 +130,7 @@ class Kronecker(Curvature):
                 del terms[same[0]]
         return replace(self, terms=tuple(terms))
 
-    def __mul__(self, factor: float) -> Kronecker:
+    def __mul__(self, factor: float | int) -> Kronecker:
         return replace(self, terms=tuple((G * factor, A) for G, A in self.terms))
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Kronecker:
