@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,23 +13,26 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dualgp.basis import SiteSum
+from dualgp.basis import Features, SiteSum
 from dualgp.duals import check_likelihood
 from dualgp.errors import InputError
 from dualgp.jacobian import JacobianBasis, Outputs, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.networks import Selection
 from dualgp.laplace import laplace_sites
-from dualgp.nets import inducing
 from dualgp.nets.data import Batch, Source, check_batch, check_outputs, rows_of
 from dualgp.nets.fingerprints import Held
+from dualgp.nets.inducing import sample_inputs
+from dualgp.nets.layerwise import Structure, StructuredSum
 from dualgp.nets.links import log_prob
 from dualgp.nets.posterior import Centre, NetworkPosterior, centred
+from dualgp.nets.structured import StructuredPosterior
 from dualgp.posterior import Posterior
-from dualgp.sites import Site
+from dualgp.sites import Sites
 
-Structure = Literal["sparse", "full", "dense"]
+Kind = Literal["sparse", "full", "dense", "diagonal", "kronecker"]
 _MAX_SIZE = 3000  # coordinates that are factorised without being asked: about ten seconds on one core
+_SPARSE_TOL = 1e-7
 _FULL_TOL = 1e-10  # of the rank at Z = X, where the posterior is exact but for what is cut
 
 
@@ -40,7 +45,7 @@ def network_gp(
     prior_precision: Precision = 1.0,
     num_inducing: int | None = None,
     inducing_inputs: Tensor | None = None,
-    structure: Structure | None = None,
+    structure: Kind | Structure | None = None,
     outputs: Outputs = "coupled",
     params: Selection = "all",
     centre: Centre = "network",
@@ -63,8 +68,7 @@ def network_gp(
         y: targets, where `data` is X.
         prior_precision: τ, beside a loss that is *summed* over data; or one for each parameter tensor. From a weight
             decay: `from_weight_decay`. Or choose it by `tuned`.
-        num_inducing: M, for "sparse": this many inputs of the data, spread by what the network's outputs there see of
-            its weights.
+        num_inducing: M, for "sparse": a random sample of this many distinct inputs, whatever the order of the data.
         inducing_inputs: Z itself, [M, *input_shape].
         structure: "sparse": w spans what the outputs at Z see, the rest keeps its prior; "full": Z are all inputs,
             exact, with NC coordinates at most; "dense": all P weights, exact. None: "sparse" if M or Z is given;
@@ -102,22 +106,24 @@ def network_gp(
     source = Source(data, y, likelihood)
     jacobian = NetworkJacobian(network, source.example(), params=params, budget=budget)
     check_outputs(likelihood, jacobian.num_outputs)
-    kind = _structure(structure, num_inducing, inducing_inputs, jacobian, source)
-    if kind == "dense":
-        if outputs != "coupled":
-            raise InputError("Independent outputs need a structure in function space: 'sparse' or 'full'.")
-        basis = JacobianBasis.of_weights(jacobian, prior_precision)
-    else:
+    kind = _kind(structure, num_inducing, inducing_inputs, jacobian, source)
+    prior: JacobianBasis | StructuredPosterior
+    if kind in ("sparse", "full"):
         if inducing_inputs is not None:
-            Z, tol = inducing_inputs, 1e-7
+            Z, tol = inducing_inputs, _SPARSE_TOL
         elif kind == "full":
             Z, tol = torch.cat([batch.x for batch in source]), _FULL_TOL
         else:
             M = num_inducing or max(50, _MAX_SIZE // jacobian.num_outputs)
-            Z, tol = inducing.choose(jacobian, source, M, generator), 1e-7
-        basis = JacobianBasis.at_inputs(jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+            Z, tol = sample_inputs(source, M, jacobian.dtype, generator), _SPARSE_TOL
+        prior = JacobianBasis.at_inputs(jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+    else:
+        if outputs != "coupled":
+            raise InputError("Independent outputs need a structure in function space: 'sparse' or 'full'.")
+        prior = JacobianBasis.of_weights(jacobian, prior_precision)
+        prior = prior if kind == "dense" else StructuredPosterior(prior, structure=kind)
     likelihood = copy.deepcopy(likelihood).to(jacobian.device).requires_grad_(False)
-    return _accumulate(basis, source, likelihood, centre, progress)
+    return _accumulate(prior, source, likelihood, centre, progress)
 
 
 def from_weight_decay(
@@ -147,22 +153,21 @@ def from_weight_decay(
     return value * (num_data if reduction == "mean" else 1) / loss_scale
 
 
-def _structure(
-    structure: str | None, M: int | None, Z: Tensor | None, jacobian: NetworkJacobian, source: Source
-) -> str:
+def _kind(
+    structure: str | Structure | None, M: int | None, Z: Tensor | None, jacobian: NetworkJacobian, source: Source
+) -> str | Structure:
     if M is not None and Z is not None:
         raise InputError("Give num_inducing or inducing_inputs, not both.")
     if M is not None and M < 1:
         raise InputError(f"num_inducing must be at least 1, got {M}.")
     given = M is not None or Z is not None
     if structure is None:
-        size = jacobian.num_params
-        full = _MAX_SIZE + 1 if given else jacobian.num_outputs * sum(len(batch.x) for batch in source)
-        if given or min(size, full) > _MAX_SIZE:
+        full = jacobian.num_outputs * (0 if given else sum(len(batch.x) for batch in source))
+        if given or min(jacobian.num_params, full) > _MAX_SIZE:
             return "sparse"
-        return "dense" if size <= full else "full"
-    if structure not in get_args(Structure):
-        raise InputError(f"structure must be one of {get_args(Structure)} or None, got {structure!r}.")
+        return "dense" if jacobian.num_params <= full else "full"
+    if not isinstance(structure, Structure) and structure not in get_args(Kind):
+        raise InputError(f"structure must be one of {get_args(Kind)} or None, got {structure!r}.")
     if given and structure != "sparse":
         raise InputError(f"num_inducing and inducing_inputs are for structure='sparse', got {structure!r}.")
     return structure
@@ -170,37 +175,60 @@ def _structure(
 
 @torch.no_grad()
 def _accumulate(
-    basis: JacobianBasis, source: Source, likelihood: Likelihood, centre: Centre, progress: bool | None
+    prior: JacobianBasis | StructuredPosterior,
+    source: Source,
+    likelihood: Likelihood,
+    centre: Centre,
+    progress: bool | None,
 ) -> NetworkPosterior:
     """Sum the sites of all data on w, and with them log p, Jᵀα and fingerprints."""
+    basis = prior if isinstance(prior, JacobianBasis) else prior.basis
+    total = SiteSum(basis) if isinstance(prior, JacobianBasis) else StructuredSum(basis, prior.structure)
     jacobian = basis.jacobian
-    total, fit, count, rows = SiteSum(basis), 0.0, 0, []
     pull = torch.zeros(jacobian.num_params, dtype=torch.float64, device=jacobian.device)
+    fit, rows = 0.0, []
     for batch in _counted(source, progress):
         batch = check_batch(likelihood, batch, jacobian.num_outputs, basis.device)
         basis.check_inputs(batch.x)
         rows.append(rows_of(batch, basis.dtype))
-        for block, features in basis.blocks(batch.x):
-            f = features.prior_mean.reshape(-1, basis.num_outputs) if basis.coupled else features.prior_mean.mT
-            y, params = batch.y[block], {name: value[block] for name, value in batch.params.items()}
+        for at, f, add in _blocks(prior, total, batch.x):
+            y, params = batch.y[at], {name: value[at] for name, value in batch.params.items()}
             sites = laplace_sites(likelihood, y, f, **params)
-            pull += jacobian.vjp(batch.x[block], sites.alpha(f)).double()
+            pull += jacobian.vjp(batch.x[at], sites.alpha(f)).double()
             fit += float(log_prob(likelihood, y, f, **params).sum())
-            if basis.coupled:
-                total.add_coupled(features, sites)
-            else:
-                total.add(features, *sites.decoupled(f).by_latent())
-        count += len(batch.x)
-    data = total.site()
-    site = centred(basis, Site(torch.zeros_like(data.lam), data.B) if centre == "network" else data, centre)
-    held = Held.of(torch.cat(rows))
-    return NetworkPosterior(Posterior(basis, site), likelihood, centre, count, fit, pull, held)
+            add(sites)
+    site: Any = total.site()
+    if centre == "network":
+        site = dataclasses.replace(site, lam=torch.zeros_like(site.lam))
+    site = centred(basis, site, centre)
+    q = Posterior(basis, site) if isinstance(prior, JacobianBasis) else prior.with_site(site)
+    seen = torch.cat(rows)
+    return NetworkPosterior(q, likelihood, centre, len(seen), fit, pull, Held.of(seen))
+
+
+def _blocks(
+    prior: JacobianBasis | StructuredPosterior, total: Any, x: Tensor
+) -> Iterator[tuple[slice, Tensor, Callable[[Sites], None]]]:
+    """Yield (data, f [n, C], what adds their sites to the total) of blocks of x."""
+    if isinstance(prior, StructuredPosterior):
+        for rows, phi in prior.blocks(x):
+            yield rows, phi.f.double(), partial(total.add, phi)
+        return
+    for rows, features in prior.blocks(x):
+        f = features.prior_mean.reshape(-1, prior.num_outputs) if prior.coupled else features.prior_mean.mT
+        yield rows, f, partial(_add_features, total, features, f)
+
+
+def _add_features(total: SiteSum, features: Features, f: Tensor, sites: Sites) -> None:
+    if features.phi.ndim == 2:
+        total.add_coupled(features, sites)
+    else:
+        total.add(features, *sites.decoupled(f).by_latent())
 
 
 def _counted(source: Source, progress: bool | None) -> Iterator[Batch]:
-    with tqdm(
-        desc="data", unit="row", leave=False, delay=1.0, disable=None if progress is None else not progress
-    ) as bar:
+    disable = None if progress is None else not progress
+    with tqdm(desc="data", unit="row", leave=False, delay=1.0, disable=disable) as bar:
         for batch in source:
             yield batch
             bar.update(len(batch.x))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from dualgp.errors import InputError, UnsupportedError
+from dualgp.influence import LeftOut, leave_one_out
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.nets import links, tuning
@@ -22,10 +23,11 @@ from dualgp.nets.fingerprints import Held
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
+from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
 from dualgp.nets.tuning import Method
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
-from dualgp.sites import Site, Sites
+from dualgp.sites import Sites
 
 Centre = Literal["network", "map"]
 
@@ -37,7 +39,8 @@ class NetworkPosterior:
     Made by `network_gp` or `load`. Every verb returns a new one; inputs are [n, *input_shape], functions [n, C].
 
     Args:
-        posterior: the waist, in the coordinates of a `JacobianBasis`; `dualgp.influence` asks this.
+        posterior: the waist, in the coordinates of a `JacobianBasis`, or block-diagonal over layers; what the functions
+            of `dualgp.influence` ask.
         likelihood: a frozen copy.
         centre: "network" (the mean is the network's output, moved by new data only) or "map" (it is that of the
             linearised model under the prior N(0, τ⁻¹I)).
@@ -47,7 +50,7 @@ class NetworkPosterior:
         held: fingerprints of the data that are held.
     """
 
-    posterior: Posterior[JacobianBasis]
+    posterior: Posterior[JacobianBasis] | StructuredPosterior
     likelihood: Likelihood
     centre: Centre
     num_data: int
@@ -82,10 +85,6 @@ class NetworkPosterior:
     def predict_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [n, C] and covariance between the outputs of each datum [n, C, C]."""
         return self.posterior.predict_blocks(x)
-
-    def function_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean [n, C] and parametric covariance [n, C, C] in float64: the part that data can change."""
-        return self.posterior.function_blocks(x)
 
     def predict_joint(self, x: Tensor) -> MultivariateNormal:
         """Return the joint Gaussian of f(x), a MultitaskMultivariateNormal: (nC)² numbers."""
@@ -154,6 +153,20 @@ class NetworkPosterior:
         sites = laplace_sites(self.likelihood, y, f, **params)
         return sites if self.basis.coupled else sites.decoupled(f.double())
 
+    def leave_one_out(self, x: Tensor, y: Tensor, **params: Tensor) -> LeftOut:
+        """Return every training datum predicted without it (see `dualgp.leave_one_out`).
+
+        Raises:
+            InputError: if one is not in the posterior, and so cannot be left out.
+        """
+        x, y, params = self._check(x, y, params)
+        self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
+        sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
+        if not isinstance(self.likelihood, SoftmaxLikelihood):
+            shape = (len(x), self.num_outputs)
+            y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
+        return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
+
     def condition(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
 
@@ -170,6 +183,8 @@ class NetworkPosterior:
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
         """Return the posterior without these data, exactly: as if their sites at θ* had never been added.
+
+        (A Kronecker product of all data does not contain that of a part: there it is an approximation.)
 
         Raises:
             InputError: if one is not in the posterior (never added with this target, or forgotten already).
@@ -198,8 +213,11 @@ class NetworkPosterior:
             BasisMismatchError: if it changes by other factors from tensor to tensor in a sparse basis, which then
                 spans other directions: convert anew.
         """
-        basis = self.basis.with_prior_precision(prior_precision)
-        site = self.basis.carry(self._data_site(), basis)
+        basis, q, site = self.basis.with_prior_precision(prior_precision), self.posterior, self._data_site()
+        if isinstance(q, StructuredPosterior):
+            moved = q.with_site(site).rebase(basis)
+            return dataclasses.replace(self, posterior=moved.with_site(centred(basis, moved.site, self.centre)))
+        site = self.basis.carry(site, basis)
         return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> float:
@@ -299,13 +317,15 @@ class NetworkPosterior:
         return self.log_likelihood + self.spectrum.log_evidence(factors.double())
 
     @cached_property
-    def spectrum(self) -> Spectrum:
+    def spectrum(self) -> Spectrum | StructuredSpectrum:
         """The data's precision in its eigenbasis, with which other prior precisions are cheap."""
-        prior = self.basis.coordinates(self.basis.whitened_theta) if self.centre == "map" else None
-        site = self._data_site()
-        return Spectrum.of(self.basis, site, torch.zeros_like(site.lam) if prior is None else prior)
+        q, site = self.posterior, self._data_site()
+        prior = site.lam - q.site.lam  # √τ Φᵀθ*, or nothing
+        if isinstance(q, StructuredPosterior):
+            return q.spectrum(site, prior)
+        return Spectrum.of(self.basis, site, prior)
 
-    def _data_site(self) -> Site:
+    def _data_site(self) -> Any:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
         return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
 
@@ -313,14 +333,14 @@ class NetworkPosterior:
         batch = self._check(x, y, params)
         rows = rows_of(batch, self.basis.dtype)
         held = self.held.add(rows) if sign > 0 else self.held.remove(rows)
-        site = self.posterior.project(batch.x, self.sites_at(*batch[:2], **batch.params))
+        sites = self.sites_at(batch.x, batch.y, **batch.params)
         fit = self.log_likelihood
         if fit is not None:
             f = self.basis.jacobian(batch.x)
             fit += sign * float(links.log_prob(self.likelihood, batch.y, f, **batch.params).sum())
         return dataclasses.replace(
             self,
-            posterior=Posterior(self.basis, self.posterior.site + sign * site),
+            posterior=(self.posterior.add if sign > 0 else self.posterior.remove)(batch.x, sites),
             num_data=self.num_data + sign * len(batch.x),
             log_likelihood=fit,
             held=held,
@@ -341,8 +361,8 @@ class NetworkPosterior:
         return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
 
 
-def centred(basis: JacobianBasis, site: Site, centre: Centre, sign: float = 1.0) -> Site:
-    """Return the site of data with the pull of their prior: for "map" the linear site −√τ Φᵀθ*, else nothing."""
+def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:
+    """Return a site on w with the pull of the prior: for "map" the linear site −√τ Φᵀθ*, else nothing."""
     if centre == "network":
         return site
-    return Site(site.lam - sign * basis.coordinates(basis.whitened_theta), site.B)
+    return dataclasses.replace(site, lam=site.lam - sign * basis.coordinates(basis.whitened_theta))

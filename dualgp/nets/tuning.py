@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dualgp.errors import InputError
-from dualgp.nets.data import Batch, Source, check_batch
+from dualgp.influence.blocks import as_matrices, limit_of
+from dualgp.influence.formulas import removal_shift
+from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.links import Link, class_log_probs
 from dualgp.nets.spectrum import FunctionBlocks
 from dualgp.predictive import log_predictive
@@ -51,19 +53,22 @@ def scores(
     factors = factors.double()
     if source is None:
         return q.sweep_evidence(factors)
-    total, count = torch.zeros_like(factors, device=q.basis.device), 0
+    total, rows_seen = torch.zeros_like(factors, device=q.basis.device), []
     with tqdm(
         desc=method, unit="row", leave=False, delay=1.0, disable=None if progress is None else not progress
     ) as bar:
         for batch in source:
             batch = check_batch(q.likelihood, batch, q.num_outputs, q.basis.device)
             q.basis.check_inputs(batch.x)
+            rows_seen.append(rows_of(batch, q.basis.dtype))
             for rows, sweep in q.spectrum.blocks(batch.x, factors):
                 part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
                 total += torch.stack([score.sum() for score in _score(q, part, sweep, method, link)])
-                count += len(part.x)
                 bar.update(len(part.x))
-    return total / count
+    seen = torch.cat(rows_seen)
+    if method == "leave_one_out":
+        q.held.remove(seen)  # raises if one cannot be left out
+    return total / len(seen)
 
 
 def best_factor(
@@ -89,10 +94,13 @@ def best_factor(
 def _score(
     q: NetworkPosterior, batch: Batch, sweep: Iterator[FunctionBlocks], method: Method, link: Link
 ) -> Iterator[Tensor]:
-    if method == "leave_one_out":
-        raise NotImplementedError
+    lam, B = as_matrices(q.sites_at(batch.x, batch.y, **batch.params)) if method == "leave_one_out" else (None, None)
     for function in sweep:
         mean, cov = function.mean, function.V + function.residual
+        if lam is not None and B is not None:
+            alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
+            shift = removal_shift(function.V, alpha, B, max_hat=limit_of(q.posterior, None))
+            mean, cov = mean + shift.mean, cov + shift.cov
         if isinstance(q.likelihood, SoftmaxLikelihood):
             yield class_log_probs(mean, cov, link).gather(-1, batch.y.long().unsqueeze(-1))
         else:
