@@ -24,7 +24,8 @@ OURS = {"full": "dense", "kron": Structure(separate_bias=True), "diag": "diagona
 
 def conv() -> nn.Module:
     torch.manual_seed(2)
-    layers = nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 4, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    layers = nn.Unflatten(1, (1, 1, 2)), nn.Conv2d(1, 4, (1, 2), padding=(0, 1)), nn.Tanh(), nn.Flatten()
+    layers += (nn.Linear(12, 3),)
     return nn.Sequential(*layers).to(F64)
 
 
