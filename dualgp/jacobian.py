@@ -220,6 +220,30 @@ class JacobianBasis(Basis):
         factor = factor.to(site.lam.device)
         return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
 
+    def span_state(self) -> tuple[dict[str, Tensor], float]:
+        """Return what w spans, as the tensors that are there of Z, W and Phi, and the tolerance of the rank."""
+        held = {name: getattr(self._span, name) for name in ("Z", "W", "Phi")}
+        return {name: value for name, value in held.items() if value is not None}, self._span.rank_tol
+
+    @classmethod
+    def from_span_state(
+        cls, jacobian: NetworkJacobian, prior_precision: Precision, state: dict[str, Tensor], tol: float, coupled: bool
+    ) -> JacobianBasis:
+        """Return the basis that `span_state` was taken of, given the same network and prior precision.
+
+        Raises:
+            InputError: if the tensors do not fit the network or each other.
+        """
+        relative, C, P = _relative(jacobian, prior_precision), jacobian.num_outputs, jacobian.num_params
+        held = {name: value.to(jacobian.device) for name, value in state.items()}
+        W, Phi, Z = held.get("W"), held.get("Phi"), held.get("Z")
+        if W is not None and (Z is None or W.shape[:-1] != ((len(Z) * C,) if coupled else (C, len(Z)))):
+            raise InputError(f"W of shape {tuple(W.shape)} does not fit its inputs.")
+        if (Phi is not None and (Phi.ndim != 2 or len(Phi) != P)) or (W is not None and Phi is not None):
+            raise InputError("Phi does not fit the network.")
+        at_Z = None if W is None or Z is None else relative.block(Z)
+        return cls(jacobian, prior_precision, _Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
+
     @property
     def whitened_theta(self) -> Tensor:
         """√τ θ*, [P] in float64: where the network stands in units of a prior N(0, τ⁻¹I)."""

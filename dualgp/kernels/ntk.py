@@ -202,6 +202,10 @@ class NetworkJacobian:
         """θ*, flat, in the order of `names`."""
         return torch.cat([p.detach().flatten() for p in self._parameters])
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the copy of the network."""
+        return self._network.state_dict()
+
     def __call__(self, x: Tensor) -> Float[Tensor, "n C"]:
         """Return f(x).
 

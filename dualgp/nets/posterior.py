@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from typing import Any, Literal
 
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.influence import LeftOut, leave_one_out
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
-from dualgp.nets import links, tuning
+from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
 from dualgp.nets.links import Link
@@ -324,6 +325,27 @@ class NetworkPosterior:
         if isinstance(q, StructuredPosterior):
             return q.spectrum(site, prior)
         return Spectrum.of(self.basis, site, prior)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to a safetensors file, atomically; of the data, fingerprints and inducing inputs only."""
+        storage.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], network: nn.Module, likelihood: Likelihood, *, example: Tensor | None = None
+    ) -> NetworkPosterior:
+        """Return the posterior saved at `path`, to the same last bit; nothing in the file is executed.
+
+        Args:
+            path: written by `save`.
+            network: of the architecture that was saved; a copy takes the values in the file.
+            likelihood: of the kind that was saved; the same.
+            example: two rows of inputs, needed where the posterior has no inducing inputs.
+
+        Raises:
+            InputError: if the file is not of this format or version, is damaged, or does not fit the modules.
+        """
+        return storage.load(cls, path, network, likelihood, example)
 
     def _data_site(self) -> Any:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
