@@ -95,7 +95,9 @@ def to_laplace(q: NetworkPosterior) -> Any:
     laplace = _laplace()
     basis = q.basis
     if basis.has_residual or not basis.coupled:
-        raise UnsupportedError("laplace-torch has no such posterior in function space: convert a dense or structured one.")
+        raise UnsupportedError(
+            "laplace-torch has no such posterior in function space: convert a dense or structured one."
+        )
     if bool(q.posterior.site.lam.any()):
         raise UnsupportedError(
             "The mean of laplace-torch is the network's output, and the mean here has left it: use centre='network', "

@@ -1,4 +1,4 @@
-"""Posteriors over the weights of a network that are block-diagonal over layers: diagonal, or sums of Kronecker products.
+"""Posteriors over a network's weights that are block-diagonal over layers: diagonal, or sums of Kronecker products.
 
     f(x) = f(x; θ*) + φ(x)w,   w = √τ(θ − θ*) ~ N(0, I),   P = I + B,   B block-diagonal over layers
 

@@ -66,9 +66,7 @@ def test_their_posterior_has_the_same_numbers_here_and_when_we_compute_it(struct
         likelihood = GaussianLikelihood().double()
         likelihood.noise = 0.09
     params = "all" if subset == "all" else "last_layer"
-    own = network_gp(
-        mlp(), (X, y), likelihood, prior_precision=TAU, structure=OURS[structure], params=params
-    )
+    own = network_gp(mlp(), (X, y), likelihood, prior_precision=TAU, structure=OURS[structure], params=params)
     assert_same(own, la)
     assert_same(own, to_laplace(own))
 
