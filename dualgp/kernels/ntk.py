@@ -186,6 +186,11 @@ class NetworkJacobian:
             )
 
     @property
+    def network(self) -> nn.Module:
+        """The frozen copy, to be read and not changed; the selected parameters require a gradient."""
+        return self._network
+
+    @property
     def num_params(self) -> int:
         """P, the number of parameters."""
         return self.slices[-1].stop
