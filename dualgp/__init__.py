@@ -11,11 +11,11 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
-| linearised network, Laplace | prior + Σ tᵢ at θ* | `JacobianBasis`, `laplace_sites` |
-| new data, without refitting | q + t_new | `Posterior.add` |
+| trained network: linearised, in the Jacobian's basis | prior + Σ tᵢ | `network_gp`, `NetworkPosterior` |
+| new data, without refitting | q + t_new | `Posterior.add`, `NetworkPosterior.condition` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |
-| unlearning | q − tᵢ | `Posterior.remove`, `DualGP.forget` |
+| unlearning | q − tᵢ | `Posterior.remove`, `DualGP.forget`, `NetworkPosterior.forget` |
 | leave-one-out, leave-group-out, wrong labels | p(yᵢ ∣ q − tᵢ) | `leave_one_out`, `leave_group_out`, `mislabelled` |
 | leverage; sensitivity | tr BᵢVᵢ; −Vᵢ(I − BᵢVᵢ)⁻¹αᵢ | `leverage`, `sensitivity`, `perturb` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
@@ -49,6 +49,8 @@ from dualgp.influence import (
 )
 from dualgp.jacobian import JacobianBasis
 from dualgp.laplace import laplace_sites
+from dualgp.nets.convert import from_weight_decay, network_gp
+from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -66,6 +68,7 @@ __all__ = [
     "JacobianBasis",
     "LeftOut",
     "Memory",
+    "NetworkPosterior",
     "Posterior",
     "Ranking",
     "Sensitivity",
@@ -75,6 +78,7 @@ __all__ = [
     "dual_parameters",
     "errors",
     "expected_log_prob",
+    "from_weight_decay",
     "greedy_variance",
     "laplace_sites",
     "leave_group_out",
@@ -84,6 +88,7 @@ __all__ = [
     "likelihoods",
     "log_predictive",
     "mislabelled",
+    "network_gp",
     "perturb",
     "preconditioner_variance",
     "predictive_distribution",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dualgp.basis import Basis, Features
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
-from dualgp.linalg import GramSum, eigenpairs_above, row_chunks
+from dualgp.linalg import GramSum, eigenpairs_above, row_chunks, symmetrise, tri_inverse, whiten
 from dualgp.sites import Site
 
 Precision: TypeAlias = float | int | Tensor
@@ -23,8 +24,8 @@ Outputs: TypeAlias = Literal["coupled", "independent"]
 class _Span:
     """The directions of weight space that w spans, whatever the scale of the prior.
 
-    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output), or
-    φ = J where both are None.
+    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output; L⁻ᵀ
+    where no direction is cut), or φ = J where both are None.
     """
 
     jacobian: NetworkJacobian
@@ -42,7 +43,12 @@ class _Span:
             return rows.dense()
         if self.W.ndim == 3:
             return rows.gram_independent(self.at_Z) @ self.W
-        return rows.gram(self.at_Z).flatten(2) @ self.W
+        K = rows.gram(self.at_Z).flatten(2)
+        return whiten(K.flatten(0, 1), self.W.mT).view(K.shape) if self._triangular else K @ self.W
+
+    @cached_property
+    def _triangular(self) -> bool:
+        return self.W is not None and self.W.shape[-1] == self.W.shape[-2] and torch.equal(self.W, self.W.triu())
 
 
 class JacobianBasis(Basis):
@@ -220,6 +226,60 @@ class JacobianBasis(Basis):
         factor = factor.to(site.lam.device)
         return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
 
+    def span_state(self) -> tuple[dict[str, Tensor], float]:
+        """Return what w spans, as the tensors that are there of Z, W and Phi, and the tolerance of the rank."""
+        held = {name: getattr(self._span, name) for name in ("Z", "W", "Phi")}
+        return {name: value for name, value in held.items() if value is not None}, self._span.rank_tol
+
+    @classmethod
+    def from_span_state(
+        cls, jacobian: NetworkJacobian, prior_precision: Precision, state: dict[str, Tensor], tol: float, coupled: bool
+    ) -> JacobianBasis:
+        """Return the basis that `span_state` was taken of, given the same network and prior precision.
+
+        Raises:
+            InputError: if the tensors do not fit the network or each other.
+        """
+        relative, C, P = _relative(jacobian, prior_precision), jacobian.num_outputs, jacobian.num_params
+        held = {name: value.to(jacobian.device) for name, value in state.items()}
+        W, Phi, Z = held.get("W"), held.get("Phi"), held.get("Z")
+        if W is not None and (Z is None or W.shape[:-1] != ((len(Z) * C,) if coupled else (C, len(Z)))):
+            raise InputError(f"W of shape {tuple(W.shape)} does not fit its inputs.")
+        if (Phi is not None and (Phi.ndim != 2 or len(Phi) != P)) or (W is not None and Phi is not None):
+            raise InputError("Phi does not fit the network.")
+        at_Z = None if W is None or Z is None else relative.block(Z)
+        return cls(jacobian, prior_precision, _Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
+
+    @property
+    def whitened_theta(self) -> Tensor:
+        """√τ θ*, [P] in float64: where the network stands in units of a prior N(0, τ⁻¹I)."""
+        return self.jacobian.theta.double() * self._each_parameter().sqrt()
+
+    def whiten(self, gradient: Tensor) -> Tensor:
+        """Return a gradient [P] in the weights as one in the whitened weights √τ(θ − θ*), in float64."""
+        return gradient.double() / self._each_parameter().sqrt()
+
+    def _each_parameter(self) -> Tensor:
+        """τ of each parameter, [P] in float64."""
+        sizes = torch.tensor([shape.numel() for shape in self.jacobian.shapes])
+        return self._tau.repeat_interleave(sizes).to(self.device)
+
+    @torch.no_grad()
+    def coordinates(self, direction: Tensor) -> Tensor:
+        """Return Φᵀv: what w sees of a direction v [P] of the whitened weights √τ(θ − θ*); [r], or [C, r] by output.
+
+        A factor exp(vᵀ√τ(θ − θ*)) is the linear site (Φᵀv, 0) on w, but for the directions left to the residual.
+        """
+        span = self._span
+        if span.Phi is not None:
+            return span.Phi.double().mT @ direction.double()
+        if span.W is None or span.at_Z is None:
+            return direction.double()
+        seen = span.at_Z.matmul(direction.unsqueeze(-1)).squeeze(-1).double()  # J_Z v [M, C]
+        if span.W.ndim == 3:
+            return (span.W.double().mT @ seen.mT.unsqueeze(-1)).squeeze(-1)
+        return span.W.double().mT @ seen.flatten()
+
     def _row_width(self) -> int:
         """Numbers that a datum takes on its way to its features."""
         C, at_Z = self.num_outputs, self._span.at_Z
@@ -289,8 +349,15 @@ def _independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span
 
 
 def _inverse_root(K: Tensor, tol: float) -> Tensor:
-    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64."""
-    values, vectors = eigenpairs_above(_checked(K.double()), tol)
+    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64; L⁻ᵀ of K = LLᵀ where all of it is above."""
+    exact = symmetrise(_checked(K.double()))
+    L, info = torch.linalg.cholesky_ex(exact)
+    pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), exact.diagonal(dim1=-2, dim2=-1)
+    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else one eigenvalue is below
+        values = torch.linalg.eigvalsh(exact)
+        if bool((values[..., 0] > tol * values[..., -1]).all()):
+            return tri_inverse(L).mT.to(K.dtype)
+    values, vectors = eigenpairs_above(exact, tol)
     return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
 
 

@@ -1,21 +1,15 @@
-"""Saving and loading a fitted `DualGP`: tensors in safetensors, written atomically, nothing executed on loading."""
+"""Saving and loading a fitted `DualGP`."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from dualgp import files
 from dualgp.errors import InputError, NotFittedError
 from dualgp.gp.memory import Rule
 from dualgp.gp.stream import BUFFERS
@@ -24,7 +18,7 @@ from dualgp.kernels import describe
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
 
-FORMAT = "dualgp.DualGP"
+KIND = "DualGP"
 GENERATOR = "generator_state"
 FORMAT_VERSION = 3
 KEYS = {
@@ -42,10 +36,9 @@ KEYS = {
 
 
 def save(model: DualGP, path: str | PathLike[str]) -> None:
-    """Write the model's state to `path`: to a file beside it first, then renamed over it."""
+    """Write the model's state to `path`, atomically."""
     if model.site_lam is None:
         raise NotFittedError("There is nothing to save: call fit(X, y) first.")
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     config = {
         "kernel": describe(model.kernel),
         "likelihood": describe(model.likelihood),
@@ -58,16 +51,8 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
         "memory_rule": model.memory_rule if isinstance(model.memory_rule, str) else None,
         "window": model.window,
     }
-    tensors[GENERATOR] = model.generator.get_state().cpu()
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "config": json.dumps(config)}
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    tensors = {**model.state_dict(), GENERATOR: model.generator.get_state()}
+    files.write(path, KIND, FORMAT_VERSION, config, tensors)
 
 
 def load(
@@ -79,7 +64,7 @@ def load(
     memory_rule: str | Rule | None,
 ) -> DualGP:
     """Read a model written by `save` into the modules given."""
-    config, tensors = _read(path)
+    config, tensors = files.read(path, KIND, FORMAT_VERSION, KEYS)
     drawn = tensors.pop(GENERATOR, None)
     memory_rule = config["memory_rule"] if memory_rule is None else memory_rule
     if memory_rule is None:
@@ -111,28 +96,3 @@ def load(
     if drawn is not None:
         model.generator.set_state(drawn)
     return model
-
-
-def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not Path(path).is_file():
-        raise InputError(f"There is no file at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file, or is truncated: {error}.") from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} does not hold a DualGP (its format is {metadata.get('format')!r}).")
-    if metadata.get("version") != str(FORMAT_VERSION):
-        raise InputError(
-            f"{path} has format version {metadata.get('version')}, this dualgp reads {FORMAT_VERSION}; update dualgp."
-        )
-    try:
-        config = json.loads(metadata["config"])
-        missing = KEYS - config.keys()
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} has a damaged header: {error}.") from error
-    if missing:
-        raise InputError(f"{path} has a damaged header: it lacks {sorted(missing)}.")
-    return config, tensors

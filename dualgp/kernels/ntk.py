@@ -186,6 +186,11 @@ class NetworkJacobian:
             )
 
     @property
+    def network(self) -> nn.Module:
+        """The frozen copy, to be read and not changed; the selected parameters require a gradient."""
+        return self._network
+
+    @property
     def num_params(self) -> int:
         """P, the number of parameters."""
         return self.slices[-1].stop
@@ -194,6 +199,10 @@ class NetworkJacobian:
     def theta(self) -> Float[Tensor, "P"]:
         """θ*, flat, in the order of `names`."""
         return torch.cat([p.detach().flatten() for p in self._parameters])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the copy of the network."""
+        return self._network.state_dict()
 
     def __call__(self, x: Tensor) -> Float[Tensor, "n C"]:
         """Return f(x).

@@ -1,0 +1,391 @@
+"""`NetworkPosterior`: what a trained network knows and how well, as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution
+
+from dualgp.errors import InputError, UnsupportedError
+from dualgp.influence import LeftOut, leave_one_out
+from dualgp.jacobian import JacobianBasis, Precision
+from dualgp.laplace import laplace_sites
+from dualgp.nets import links, storage, tuning
+from dualgp.nets.data import Batch, Source, check_batch, rows_of
+from dualgp.nets.fingerprints import Held
+from dualgp.nets.links import Link
+from dualgp.nets.spectrum import Spectrum
+from dualgp.nets.stationarity import Stationarity, stationarity
+from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
+from dualgp.nets.tuning import Method
+from dualgp.posterior import Posterior
+from dualgp.predictive import log_predictive, predictive_distribution
+from dualgp.sites import Sites
+
+Centre = Literal["network", "map"]
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkPosterior:
+    """A trained network, linear in its weights around them, as a Gaussian process with a likelihood; a value.
+
+    Made by `network_gp` or `load`. Every verb returns a new one; inputs are [n, *input_shape], functions [n, C].
+
+    Args:
+        posterior: the waist, in the coordinates of a `JacobianBasis`, or block-diagonal over layers; what the functions
+            of `dualgp.influence` ask.
+        likelihood: a frozen copy.
+        centre: "network" (the mean is the network's output, moved by new data only) or "map" (it is that of the
+            linearised model under the prior N(0, τ⁻¹I)).
+        num_data: how many data are held.
+        log_likelihood: Σ log p(y_i|f(x_i; θ*)) of them; None once sites without targets were added or removed.
+        pull: Jᵀα [P] of the data that the network was converted with.
+        held: fingerprints of the data that are held.
+    """
+
+    posterior: Posterior[JacobianBasis] | StructuredPosterior
+    likelihood: Likelihood
+    centre: Centre
+    num_data: int
+    log_likelihood: float | None
+    pull: Tensor
+    held: Held
+
+    @property
+    def basis(self) -> JacobianBasis:
+        """The coordinates."""
+        return self.posterior.basis
+
+    @property
+    def num_outputs(self) -> int:
+        """C."""
+        return self.basis.num_outputs
+
+    @property
+    def prior_precision(self) -> Precision:
+        """τ, beside a loss that is summed over data; or one for each parameter tensor."""
+        return self.basis.prior_precision
+
+    @property
+    def stationarity(self) -> Stationarity:
+        """Whether θ* is a maximum under this prior precision, on the data it was converted with; print it."""
+        return stationarity(self.basis, self.pull, self.centre)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the latent f(x), each [n, C]."""
+        return self.posterior.predict(x)
+
+    def predict_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean [n, C] and covariance between the outputs of each datum [n, C, C]."""
+        return self.posterior.predict_blocks(x)
+
+    def predict_joint(self, x: Tensor) -> MultivariateNormal:
+        """Return the joint Gaussian of f(x), a MultitaskMultivariateNormal: (nC)² numbers."""
+        return self.posterior.predict_joint(x)
+
+    def sample(self, x: Tensor, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return joint draws of f(x), [S, n, C]."""
+        return self.posterior.sample(x, num_samples, generator=generator)
+
+    def predict_likelihood(
+        self,
+        x: Tensor,
+        *,
+        link: Link = "probit",
+        num_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        **params: Tensor,
+    ) -> Distribution:
+        """Return p(y|x) as a torch Distribution over n data: Categorical for softmax, Normal with the noise, and so on.
+
+        Args:
+            x: inputs.
+            link: how logits become class probabilities: "probit", "mc" or "bridge" (see `nets.links`). Other
+                likelihoods are integrated to quadrature accuracy, and need none.
+            num_samples: for "mc".
+            generator: for "mc"; a fixed seed if None.
+            params: per-datum parameters, such as `noise` [n].
+
+        Raises:
+            InputError: for inputs of the wrong shape, or an unknown link.
+        """
+        if isinstance(self.likelihood, SoftmaxLikelihood):
+            log_p = self._class_log_probs(x, link, num_samples, generator)
+            return Categorical(logits=log_p.to(self.basis.dtype))
+        mean, var = (self._as_targets(t) for t in self.predict(x))
+        with torch.no_grad():
+            return predictive_distribution(self.likelihood, mean, var, **params)
+
+    def log_predictive(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        link: Link = "probit",
+        num_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        **params: Tensor,
+    ) -> Tensor:
+        """Return log p(yᵢ|xᵢ), [n] or [n, C], in float64. Arguments as in `predict_likelihood`."""
+        x, y, params = self._check(x, y, params)
+        if isinstance(self.likelihood, SoftmaxLikelihood):
+            log_p = self._class_log_probs(x, link, num_samples, generator)
+            return log_p.gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
+        mean, var = (self._as_targets(t) for t in self.predict(x))
+        with torch.no_grad():
+            return log_predictive(self.likelihood, y, mean, var, **params)
+
+    def nlpd(self, x: Tensor, y: Tensor, **options: Any) -> float:
+        """Return the mean negative log predictive density, in nats per datum (lower is better)."""
+        return float(-self.log_predictive(x, y, **options).mean())
+
+    def sites_at(self, x: Tensor, y: Tensor, **params: Tensor) -> Sites:
+        """Return the sites that data have at the network, λ = α + βf(x; θ*); nothing is added."""
+        x, y, params = self._check(x, y, params)
+        f = self.basis.jacobian(x)
+        sites = laplace_sites(self.likelihood, y, f, **params)
+        return sites if self.basis.coupled else sites.decoupled(f.double())
+
+    def leave_one_out(self, x: Tensor, y: Tensor, **params: Tensor) -> LeftOut:
+        """Return every training datum predicted without it (see `dualgp.leave_one_out`).
+
+        Raises:
+            InputError: if one is not in the posterior, and so cannot be left out.
+        """
+        x, y, params = self._check(x, y, params)
+        self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
+        sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
+        if not isinstance(self.likelihood, SoftmaxLikelihood):
+            shape = (len(x), self.num_outputs)
+            y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
+        return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
+
+    def condition(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
+        """Return the posterior given more data, without retraining: their sites at θ* are added.
+
+        The variance is that of a network converted with all data; the mean moves by what the new data pull,
+        f(x; θ*) + V(x, X₂)α₂ for centre "network". The prior precision stays, where a loss averaged over data would
+        have let it grow with their number.
+
+        Raises:
+            InputError: for data of the wrong shape, or targets outside the likelihood's support.
+
+        Source: Scannell et al. 2024 (SFR), eq. 14, with the mean anchored at the network.
+        """
+        return self._with_data(x, y, params, sign=1)
+
+    def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
+        """Return the posterior without these data, exactly: as if their sites at θ* had never been added.
+
+        (A Kronecker product of all data does not contain that of a part: there it is an approximation.)
+
+        Raises:
+            InputError: if one is not in the posterior (never added with this target, or forgotten already).
+        """
+        return self._with_data(x, y, params, sign=-1)
+
+    def add(self, x: Tensor, sites: Sites) -> NetworkPosterior:
+        """Return the posterior with sites of your own added; the evidence is not known from then on."""
+        count = self.num_data + len(x)
+        return dataclasses.replace(self, posterior=self.posterior.add(x, sites), num_data=count, log_likelihood=None)
+
+    def remove(self, x: Tensor, sites: Sites) -> NetworkPosterior:
+        """Return the posterior with sites taken out, whatever data they are of; see `forget`, which checks.
+
+        Raises:
+            NotPositiveDefiniteError: if no Gaussian is left.
+        """
+        count = self.num_data - len(x)
+        return dataclasses.replace(self, posterior=self.posterior.remove(x, sites), num_data=count, log_likelihood=None)
+
+    def with_prior_precision(self, prior_precision: Precision) -> NetworkPosterior:
+        """Return the posterior of the same data under another prior, exactly and without the data.
+
+        Raises:
+            InputError: if it is not positive and finite.
+            BasisMismatchError: if it changes by other factors from tensor to tensor in a sparse basis, which then
+                spans other directions: convert anew.
+        """
+        basis, q, site = self.basis.with_prior_precision(prior_precision), self.posterior, self._data_site()
+        if isinstance(q, StructuredPosterior):
+            moved = q.with_site(site).rebase(basis)
+            return dataclasses.replace(self, posterior=moved.with_site(centred(basis, moved.site, self.centre)))
+        site = self.basis.carry(site, basis)
+        return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
+
+    def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> float:
+        """Return log Z, the evidence, at this prior precision or another one: O(rank) after the first call.
+
+        log Z = Σ log p(y_i|f_i) − ½τ|θ*|² − ½ log|P| + ½ λᵀP⁻¹λ:  Laplace's approximation, whose last term is zero
+        for centre "network" until data are added, and for "map" is what the mean gains by leaving the network.
+
+        Raises:
+            UnsupportedError: if sites without targets were added or removed.
+
+        Source: MacKay 1992; Immer et al. 2021.
+        """
+        if prior_precision is None:
+            return float(self.sweep_evidence(torch.ones(1)))
+        if isinstance(prior_precision, Tensor) and prior_precision.ndim:
+            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
+        if isinstance(self.prior_precision, Tensor) and self.prior_precision.ndim:
+            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
+        self.basis.with_prior_precision(prior_precision)  # raises where it is no precision
+        return float(
+            self.sweep_evidence(
+                torch.tensor([float(prior_precision) / float(self.prior_precision)], dtype=torch.float64)
+            )
+        )
+
+    def tuned(
+        self,
+        method: Method = "evidence",
+        data: Any = None,
+        y: Tensor | None = None,
+        *,
+        grid: Tensor | Sequence[float] | None = None,
+        link: Link = "probit",
+        progress: bool | None = None,
+    ) -> NetworkPosterior:
+        """Return the posterior at the best prior precision, from one eigendecomposition.
+
+        Args:
+            method: "evidence" (see `log_marginal_likelihood`); "validation", the log predictive density of data held
+                back; "leave_one_out", the same of the training data, each without its own site.
+            data: for the last two, as in `network_gp`: (x, y), x with `y`, or a loader.
+            y: targets, where `data` is x.
+            grid: prior precisions to try; four in each decade from 1e-6 to 1e8 if None. The best is refined between its
+                neighbours, to about 2 %. Where there is one for each parameter tensor, these are factors on them.
+            link: how logits become class probabilities.
+            progress: as in `network_gp`.
+
+        Raises:
+            InputError: if the method is unknown, data are missing or wrong, or the grid is not positive.
+
+        Example:
+            >>> from gpytorch.likelihoods import GaussianLikelihood
+            >>> from dualgp import network_gp
+            >>> x, net = torch.randn(40, 2), torch.nn.Linear(2, 1)
+            >>> q = network_gp(net, (x, net(x)), GaussianLikelihood())
+            >>> q.tuned().log_marginal_likelihood() >= q.log_marginal_likelihood()
+            True
+        """
+        source = None if data is None and y is None else Source(data, y, self.likelihood)
+        factors = self._factors(torch.logspace(-6, 8, 57, dtype=torch.float64) if grid is None else grid)
+        factor = tuning.best_factor(self, factors, method, source, link, progress)
+        return self.with_prior_precision(factor * self.prior_precision)
+
+    def sweep(
+        self,
+        grid: Tensor | Sequence[float],
+        method: Method = "evidence",
+        data: Any = None,
+        y: Tensor | None = None,
+        *,
+        link: Link = "probit",
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return what each prior precision of a grid [k] scores, in nats, higher is better; arguments as in `tuned`."""
+        source = None if data is None and y is None else Source(data, y, self.likelihood)
+        return tuning.scores(self, self._factors(grid), method, source, link, progress)
+
+    def _factors(self, grid: Tensor | Sequence[float]) -> Tensor:
+        grid = torch.as_tensor(grid, dtype=torch.float64)
+        if grid.ndim != 1 or not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
+            raise InputError(f"grid must hold positive numbers [k], got {grid.tolist()}.")
+        tau = self.prior_precision
+        return grid if isinstance(tau, Tensor) and tau.ndim else grid / float(tau)
+
+    def sweep_evidence(self, factors: Tensor) -> Tensor:
+        """Return log Z at these multiples [k] of the prior precision, each in O(rank), in float64.
+
+        Raises:
+            UnsupportedError: if sites without targets were added or removed.
+        """
+        if self.log_likelihood is None:
+            raise UnsupportedError(
+                "The evidence needs log p(y|f) of all data, and sites without targets were added or removed: use "
+                "condition(x, y) and forget(x, y)."
+            )
+        return self.log_likelihood + self.spectrum.log_evidence(factors.double())
+
+    @cached_property
+    def spectrum(self) -> Spectrum | StructuredSpectrum:
+        """The data's precision in its eigenbasis, with which other prior precisions are cheap."""
+        q, site = self.posterior, self._data_site()
+        prior = site.lam - q.site.lam  # √τ Φᵀθ*, or nothing
+        if isinstance(q, StructuredPosterior):
+            return q.spectrum(site, prior)
+        return Spectrum.of(self.basis, site, prior)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to a safetensors file, atomically; of the data, fingerprints and inducing inputs only."""
+        storage.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], network: nn.Module, likelihood: Likelihood, *, example: Tensor | None = None
+    ) -> NetworkPosterior:
+        """Return the posterior saved at `path`, to the same last bit; nothing in the file is executed.
+
+        Args:
+            path: written by `save`.
+            network: of the architecture that was saved; a copy takes the values in the file.
+            likelihood: of the kind that was saved; the same.
+            example: two rows of inputs, needed where the posterior has no inducing inputs.
+
+        Raises:
+            InputError: if the file is not of this format or version, is damaged, or does not fit the modules.
+        """
+        return storage.load(cls, path, network, likelihood, example)
+
+    def _data_site(self) -> Any:
+        """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
+        return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
+
+    def _with_data(self, x: Tensor, y: Tensor, params: dict[str, Tensor], sign: int) -> NetworkPosterior:
+        batch = self._check(x, y, params)
+        rows = rows_of(batch, self.basis.dtype)
+        held = self.held.add(rows) if sign > 0 else self.held.remove(rows)
+        sites = self.sites_at(batch.x, batch.y, **batch.params)
+        fit = self.log_likelihood
+        if fit is not None:
+            f = self.basis.jacobian(batch.x)
+            fit += sign * float(links.log_prob(self.likelihood, batch.y, f, **batch.params).sum())
+        return dataclasses.replace(
+            self,
+            posterior=(self.posterior.add if sign > 0 else self.posterior.remove)(batch.x, sites),
+            num_data=self.num_data + sign * len(batch.x),
+            log_likelihood=fit,
+            held=held,
+        )
+
+    def _check(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Batch:
+        self.basis.check_inputs(x)
+        if len(x) != len(y):
+            raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
+        return check_batch(self.likelihood, Batch(x, y, params), self.num_outputs, self.basis.device)
+
+    def _as_targets(self, f: Tensor) -> Tensor:
+        """Function values [n, C] in the shape of targets: [n] for one output, unless they are logits of classes."""
+        return f.squeeze(-1) if self.num_outputs == 1 and not isinstance(self.likelihood, SoftmaxLikelihood) else f
+
+    def _class_log_probs(self, x: Tensor, link: Link, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        mean, cov = (t.double() for t in self.predict_blocks(x))
+        return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
+
+
+def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:
+    """Return a site on w with the pull of the prior: for "map" the linear site −√τ Φᵀθ*, else nothing."""
+    if centre == "network":
+        return site
+    return dataclasses.replace(site, lam=site.lam - sign * basis.coordinates(basis.whitened_theta))
