@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import gpytorch
 import torch
@@ -108,7 +109,7 @@ class StreamingSVGP:
             assert found.sites is not None
             ids = torch.arange(len(X))
             batch = update.Memory(data, found.sites, ids, ids.double())
-            state = State(found.posterior, state.rest, None, state.noise, state.num_seen + len(X))
+            state = replace(state, posterior=found.posterior, num_seen=state.num_seen + len(X))
             state = update.remember(state, batch, hyper.likelihood, settings)
         gp._take_hyperparameters(hyper)
         stream.write(gp, state)
@@ -141,7 +142,7 @@ class StreamingSVGP:
             basis = hyper.basis()
             rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
             noise = None if state.noise is None else state.noise.under(float(hyper.likelihood.noise.sum()))
-            state = State(Posterior(basis, rest), rest, None, noise, state.num_seen)
+            state = replace(state, posterior=Posterior(basis, rest), rest=rest, memory=None, noise=noise)
             state = update.move(state, basis.at(Z))
             hyper.set_inducing(Z)
         return state

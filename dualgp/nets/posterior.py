@@ -22,6 +22,7 @@ from dualgp.laplace import laplace_sites
 from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
+from dualgp.nets.inducing import news
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
@@ -169,19 +170,29 @@ class NetworkPosterior:
             y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
         return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
 
-    def condition(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
+    def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
+
+        Where w spans what the outputs at Z see, Z takes in those of the new inputs of which it sees too little: without
+        them, new data elsewhere would leave the variance there as it was. Nothing is lost of the old data by that.
 
         The variance is that of a network converted with all data; the mean moves by what the new data pull,
         f(x; θ*) + V(x, X₂)α₂ for centre "network". The prior precision stays, where a loss averaged over data would
         have let it grow with their number.
+
+        Args:
+            x: new inputs [n, *input_shape].
+            y: their targets.
+            grow: how many of x Z may take in; None: half as many as it has and 50 at least; 0: Z stays.
+            params: per-datum parameters, such as `noise` [n].
 
         Raises:
             InputError: for data of the wrong shape, or targets outside the likelihood's support.
 
         Source: Scannell et al. 2024 (SFR), eq. 14, with the mean anchored at the network.
         """
-        return self._with_data(x, y, params, sign=1)
+        batch = self._check(x, y, params)
+        return self._grown(batch, grow)._with_data(x, y, params, sign=1)
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
         """Return the posterior without these data, exactly: as if their sites at θ* had never been added.
@@ -351,6 +362,20 @@ class NetworkPosterior:
     def _data_site(self) -> Any:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
         return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
+
+    def _grown(self, batch: Batch, limit: int | None) -> NetworkPosterior:
+        """This posterior with room for new data: at Z and some of their inputs."""
+        q, Z = self.posterior, self.basis.inducing_inputs
+        if isinstance(q, StructuredPosterior) or Z is None or not self.basis.has_residual or not len(batch.x):
+            return self
+        beta = self.sites_at(batch.x, batch.y, **batch.params).beta
+        limit = max(50, len(Z) // 2) if limit is None else limit
+        rows = news(self.basis, batch.x, float(beta.max()), limit)
+        if not len(rows):
+            return self
+        basis = self.basis.grown(batch.x[rows])
+        site = self.basis.carry(self._data_site(), basis)
+        return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
 
     def _with_data(self, x: Tensor, y: Tensor, params: dict[str, Tensor], sign: int) -> NetworkPosterior:
         batch = self._check(x, y, params)
