@@ -58,11 +58,15 @@ class Posterior(Generic[BasisT]):
         self.basis = basis
         self.site = site
         self._is_prior = is_prior
-        eye = torch.eye(basis.size, dtype=torch.float64, device=basis.device)
-        self.precision = eye + site.B  # P = I + B
-        self.chol = precision_cholesky(self.precision)
-        self.mean_w = torch.cholesky_solve(site.lam.unsqueeze(-1), self.chol).squeeze(-1)  # w̄ = P⁻¹λ
-        self.chol_inv = tri_inverse(self.chol)  # C⁻¹ with P = CCᵀ, so that φᵀP⁻¹φ = |C⁻¹φ|²
+        chol = precision_cholesky(self.precision)
+        self.mean_w = torch.cholesky_solve(site.lam.unsqueeze(-1), chol).squeeze(-1)  # w̄ = P⁻¹λ
+        self._logdet = logdet(chol)  # log|P|
+        self.chol_inv = tri_inverse(chol)  # C⁻¹ with P = CCᵀ, so that φᵀP⁻¹φ = |C⁻¹φ|²
+
+    @property
+    def precision(self) -> Tensor:
+        """P = I + B, [*batch, M, M]."""
+        return self.site.B + torch.eye(self.basis.size, dtype=torch.float64, device=self.basis.device)
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [*batch, T] or [*batch, T, C], in blocks of bounded memory.
@@ -316,7 +320,7 @@ class Posterior(Generic[BasisT]):
         ½ [tr P⁻¹ − M + log|P| + |w̄|²]
         """
         trace = self.chol_inv.square().sum((-2, -1))
-        kl = 0.5 * (trace - self.basis.size + logdet(self.chol) + self.mean_w.square().sum(-1))
+        kl = 0.5 * (trace - self.basis.size + self._logdet + self.mean_w.square().sum(-1))
         return kl if self.basis.num_outputs is None or self.basis.coupled else kl.sum(-1)
 
     def expected_log(self, site: Site | None) -> Tensor:
