@@ -258,6 +258,14 @@ def test_the_network_the_data_and_the_random_state_are_untouched():
     assert gap(q.predict(TEST)[0], frozen(TEST).detach()) < 1e-12  # dropout off, running statistics
 
 
+def test_single_precision_is_double_to_its_rounding():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU)
+    single = network_gp(copy.deepcopy(NET).float(), (X.float(), Y), SOFTMAX, prior_precision=TAU, num_inducing=30)
+    exact = q.predict_blocks(TEST)[1]
+    assert gap(single.predict_blocks(TEST.float())[1].double(), exact) < 1e-5 * exact.abs().max()
+    assert abs(single.log_marginal_likelihood() - q.log_marginal_likelihood()) < 1e-3
+
+
 def test_half_precision_tied_and_selected_parameters():
     half = mlp(dtype=torch.float32).to(torch.bfloat16)
     q = network_gp(half, (X.to(torch.bfloat16), Y), SOFTMAX, prior_precision=TAU)
