@@ -22,6 +22,7 @@ from dualgp.laplace import laplace_sites
 from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
+from dualgp.nets.inducing import news
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
@@ -169,12 +170,21 @@ class NetworkPosterior:
             y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
         return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
 
-    def condition(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
+    def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
+
+        Where w spans what the outputs at Z see, Z takes in those of the new inputs of which it sees too little: without
+        them, new data elsewhere would leave the variance there as it was. Nothing is lost of the old data by that.
 
         The variance is that of a network converted with all data; the mean moves by what the new data pull,
         f(x; θ*) + V(x, X₂)α₂ for centre "network". The prior precision stays, where a loss averaged over data would
         have let it grow with their number.
+
+        Args:
+            x: new inputs [n, *input_shape].
+            y: their targets.
+            grow: how many of x Z may take in; None: half as many as it has and 50 at least; 0: Z stays.
+            params: per-datum parameters, such as `noise` [n].
 
         Raises:
             InputError: for data of the wrong shape, or targets outside the likelihood's support.
@@ -182,8 +192,11 @@ class NetworkPosterior:
         Source: Scannell et al. 2024 (SFR), eq. 14, with the mean anchored at the network.
         """
         x, y, params = self._check(x, y, params)
+        if not len(x):
+            return self
         held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype))
-        posterior = self.posterior.add(x, self.sites_at(x, y, **params))
+        sites = self.sites_at(x, y, **params)
+        posterior = self._grown(x, float(sites.beta.max()), grow).add(x, sites)
         return self._with(posterior, len(x), self._log_prob(x, y, params), held)
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
@@ -342,6 +355,17 @@ class NetworkPosterior:
     def _data_site(self) -> Any:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
         return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
+
+    def _grown(self, x: Tensor, beta: float, limit: int | None) -> Posterior[JacobianBasis] | StructuredPosterior:
+        """The posterior with room for new data whose sites have precision β at most: at Z and some of their inputs."""
+        q, Z = self.posterior, self.basis.inducing_inputs
+        if isinstance(q, StructuredPosterior) or Z is None or not self.basis.has_residual:
+            return q
+        rows = news(self.basis, x, beta, max(50, len(Z) // 2) if limit is None else limit)
+        if not len(rows):
+            return q
+        basis = self.basis.grown(x[rows])
+        return Posterior(basis, centred(basis, self.basis.carry(self._data_site(), basis), self.centre))
 
     def _with(
         self, posterior: Posterior[JacobianBasis] | StructuredPosterior, count: int, log_prob: float | None, held: Held
