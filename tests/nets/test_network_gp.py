@@ -182,6 +182,13 @@ def test_what_is_added_and_forgotten_leaves_nothing_and_order_is_no_matter(optio
     assert gap(q.remove(X[20:], q.sites_at(X[20:], Y[20:])).predict(TEST)[0], less.predict(TEST)[0]) < 1e-12
 
 
+def test_no_data_are_no_change():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=5)
+    for same in (q.condition(X[:0], Y[:0]), q.forget(X[:0], Y[:0])):
+        assert gap(same.predict(TEST)[1], q.predict(TEST)[1]) == 0.0
+        assert same.num_data == 30
+
+
 def test_forgetting_is_the_mean_without_the_data():
     q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU)
     pull = -ggn(NET, SOFTMAX, X[:4], Y[:4])[1]
@@ -256,6 +263,14 @@ def test_the_network_the_data_and_the_random_state_are_untouched():
     assert len(net._forward_hooks) == 1
     frozen = copy.deepcopy(net).eval()
     assert gap(q.predict(TEST)[0], frozen(TEST).detach()) < 1e-12  # dropout off, running statistics
+
+
+def test_single_precision_is_double_to_its_rounding():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU)
+    single = network_gp(copy.deepcopy(NET).float(), (X.float(), Y), SOFTMAX, prior_precision=TAU, num_inducing=30)
+    exact = q.predict_blocks(TEST)[1]
+    assert gap(single.predict_blocks(TEST.float())[1].double(), exact) < 1e-5 * exact.abs().max()
+    assert abs(single.log_marginal_likelihood() - q.log_marginal_likelihood()) < 1e-3
 
 
 def test_half_precision_tied_and_selected_parameters():
