@@ -382,6 +382,8 @@ class NetworkPosterior:
 
     def _check(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Batch:
         self.basis.check_inputs(x)
+        if not isinstance(y, Tensor):
+            raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
         if len(x) != len(y):
             raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
         return check_batch(self.likelihood, Batch(x, y, params), self.basis.num_outputs, self.basis.device)
