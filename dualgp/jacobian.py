@@ -45,9 +45,11 @@ class JacobianBasis(Basis):
         self, jacobian: NetworkJacobian, prior_precision: Precision, span: Span, *, coupled: bool = True
     ) -> None:
         self.jacobian = jacobian
+        self._tau = _per_tensor(jacobian, prior_precision)
+        if not isinstance(prior_precision, float | int):  # of a caller who may write to it
+            prior_precision = torch.as_tensor(prior_precision).detach().clone()
         self.prior_precision = prior_precision
         self._span = span
-        self._tau = _per_tensor(jacobian, prior_precision)
         self._sd = float(self._tau[0].rsqrt())
         self.coupled = coupled
         self.num_outputs = jacobian.num_outputs
@@ -279,6 +281,8 @@ class JacobianBasis(Basis):
 
 def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
     shape = tuple(jacobian.input_shape)
+    if not isinstance(x, Tensor):
+        raise InputError(f"Inputs must be a tensor, got {type(x).__name__}: use torch.as_tensor.")
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
         raise InputError(f"Inputs must have shape {('T', *shape)}, got {tuple(x.shape)}.")
     return len(x)
@@ -286,7 +290,10 @@ def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
 
 def _per_tensor(jacobian: NetworkJacobian, prior_precision: Precision) -> Tensor:
     """The prior precision of each parameter tensor, in float64."""
-    tau = torch.as_tensor(prior_precision, dtype=torch.float64).detach().cpu()
+    try:
+        tau = torch.as_tensor(prior_precision, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"prior_precision must be a positive number, got {prior_precision!r}.") from error
     count = len(jacobian.shapes)
     if tau.ndim and tau.shape != (count,):
         raise InputError(

@@ -301,7 +301,13 @@ class NetworkJacobian:
                 if not any(module.children()):
                     hook = module.register_forward_hook(lambda _, __, z: sizes.append(_bytes(z)))
                     hooks.callback(hook.remove)
-            f = _finite(as_outputs(self._network(x), len(x)), "The network's outputs")
+            try:
+                f = self._network(x)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise InputError(
+                    f"The network does not take inputs [n, {', '.join(map(str, x.shape[1:]))}] of {x.dtype}: {error}"
+                ) from error
+            f = _finite(as_outputs(f, len(x)), "The network's outputs")
         self.num_outputs = f.shape[1]
         reason = "their values differ"
         try:

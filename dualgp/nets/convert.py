@@ -158,8 +158,8 @@ def _kind(
 ) -> str | Structure:
     if M is not None and Z is not None:
         raise InputError("Give num_inducing or inducing_inputs, not both.")
-    if M is not None and M < 1:
-        raise InputError(f"num_inducing must be at least 1, got {M}.")
+    if M is not None and (not isinstance(M, int) or M < 1):
+        raise InputError(f"num_inducing must be a whole number and at least 1, got {M}.")
     given = M is not None or Z is not None
     if structure is None:
         full = jacobian.num_outputs * (0 if given else sum(len(batch.x) for batch in source))

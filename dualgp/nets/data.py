@@ -36,6 +36,10 @@ class Source:
     """
 
     def __init__(self, data: Any, y: Tensor | None = None, likelihood: Likelihood | None = None) -> None:
+        pair = data if isinstance(data, tuple | list) else (data,)
+        for part in (*pair, y):
+            if type(part).__module__ in ("numpy", "pandas"):
+                raise InputError(f"Data must be tensors, got {type(part).__name__}: use torch.as_tensor.")
         if isinstance(data, Tensor):
             if y is None:
                 raise InputError("Inputs need their targets: give (X, y), or X and y=.")

@@ -243,7 +243,8 @@ class NetworkPosterior:
         """Return log Z, the evidence, at this prior precision or another one: O(rank) after the first call.
 
         log Z = Σ log p(y_i|f_i) − ½τ|θ*|² − ½ log|P| + ½ λᵀP⁻¹λ:  Laplace's approximation, whose last term is zero
-        for centre "network" until data are added, and for "map" is what the mean gains by leaving the network.
+        for centre "network" until data are added or forgotten, and for "map" is what the mean gains by leaving the
+        network; there |θ*|² counts what w spans alone, since the rest integrates to 1.
 
         Raises:
             UnsupportedError: if sites without targets were added or removed.
@@ -329,7 +330,8 @@ class NetworkPosterior:
         prior = site.lam - q.site.lam  # √τ Φᵀθ*, or nothing
         if isinstance(q, StructuredPosterior):
             return q.spectrum(site, prior)
-        return Spectrum.of(self.basis, site, prior)
+        energy = (prior if self.centre == "map" else self.basis.whitened_theta).square().sum()
+        return Spectrum.of(self.basis, site, prior, energy)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to a safetensors file, atomically; of the data, fingerprints and inducing inputs only."""
@@ -380,6 +382,8 @@ class NetworkPosterior:
 
     def _check(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Batch:
         self.basis.check_inputs(x)
+        if not isinstance(y, Tensor):
+            raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
         if len(x) != len(y):
             raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
         return check_batch(self.likelihood, Batch(x, y, params), self.basis.num_outputs, self.basis.device)

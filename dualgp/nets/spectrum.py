@@ -5,6 +5,8 @@ whatever centres them) and c = Uᵀ(√τ Φᵀθ*) of the prior where it is cen
 
     log|P| = Σ log(1 + b/s),    mean = μ + ψ(a − sc)/(s + b),    V = ψ diag(1/(s + b)) ψᵀ,    residual(s) = residual/s
     log Z(s) = Σ log p(y_i|f_i) − ½ s τ|θ*|² − ½ log|P| + ½ Σ (a − sc)²/(s + b)
+
+Where the prior is centred at zero, |c|² stands for τ|θ*|²: directions that w does not span integrate to 1.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Spectrum:
         vectors: U, [*batch, r, r].
         data: a, [*batch, r].
         prior: c, the same; 0 where the prior is centred at the network.
+        energy: what the prior takes from the evidence, twice: τ|θ*|², or |c|² where it is centred at zero.
     """
 
     basis: JacobianBasis
@@ -49,15 +52,20 @@ class Spectrum:
     vectors: Float[Tensor, "*b r r"]
     data: Float[Tensor, "*b r"]
     prior: Float[Tensor, "*b r"]
+    energy: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, basis: JacobianBasis, site: Site, prior: Tensor) -> Spectrum:
+    def of(cls, basis: JacobianBasis, site: Site, prior: Tensor, energy: Tensor) -> Spectrum:
         """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros."""
         values, vectors = torch.linalg.eigh(symmetrise(site.B))
-        rounding = site.B.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax()
-        values = torch.where(values.abs() <= rounding, 0.0, values)
-        turned = [(vectors.mT @ v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior)]
-        return cls(basis, values, vectors, *turned)
+        scale = site.B.shape[-1] * values.abs().amax()
+        nothing = values.abs() <= torch.finfo(values.dtype).eps * scale
+        rounded = (values < 0) & (
+            -values <= torch.finfo(basis.dtype).eps * scale
+        )  # B is summed from rows of that dtype
+        values = torch.where(nothing | rounded, 0.0, values)
+        a, c = ((vectors.mT @ v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior))
+        return cls(basis, values, vectors, a, c, energy)
 
     def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
         """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(r).
@@ -66,7 +74,7 @@ class Spectrum:
             NotPositiveDefiniteError: if more was removed from the site than was in it.
         """
         self._check(s)
-        return log_evidence(self.basis, self.values.flatten(), self.data.flatten(), self.prior.flatten(), s)
+        return log_evidence(self.energy, self.values.flatten(), self.data.flatten(), self.prior.flatten(), s)
 
     def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
         """Yield, for blocks of x, the function there at each of the prior precisions sτ, in O(C²r) per datum.
@@ -101,9 +109,8 @@ class Spectrum:
             )
 
 
-def log_evidence(basis: JacobianBasis, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+def log_evidence(energy: Tensor, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
     """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, by the formula above."""
     s = s.to(b).unsqueeze(-1)
     fit = ((a - s * c).square() / (s + b)).sum(-1)
-    energy = s.squeeze(-1) * basis.whitened_theta.square().sum()
-    return 0.5 * (fit - energy - torch.log1p(b / s).sum(-1))
+    return 0.5 * (fit - s.squeeze(-1) * energy - torch.log1p(b / s).sum(-1))

@@ -359,7 +359,8 @@ class StructuredSpectrum:
 
     def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
         """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(P)."""
-        return log_evidence(self.posterior.basis, self.values, self.data, self.prior, s)
+        energy = self.posterior.basis.whitened_theta.square().sum()
+        return log_evidence(energy, self.values, self.data, self.prior, s)
 
     def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
         """Yield, for blocks of x, the function there at each of the prior precisions sτ."""

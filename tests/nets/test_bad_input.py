@@ -34,6 +34,13 @@ BROKEN[0].weight.data[0, 0] = float("inf")
         ((X, TARGETS), gaussian(), {}, r"targets of shape \(30, 3\), got \(30,\)"),
         ((X, Y[:20]), SOFTMAX, {}, "one row each per datum"),
         ((X[:0], Y[:0]), SOFTMAX, {}, "no rows"),
+        ((X[:, :1], Y), SOFTMAX, {}, r"does not take inputs \[n, 1\]"),
+        (((10 * X).long(), Y), SOFTMAX, {}, "of torch.int64"),
+        ((X.numpy(), Y.numpy()), SOFTMAX, {}, "must be tensors, got ndarray"),
+        ((X, Y.numpy()), SOFTMAX, {}, "must be tensors, got ndarray"),
+        ((X, Y), SOFTMAX, {"num_inducing": 2.5}, "whole number"),
+        ((X, Y), SOFTMAX, {"prior_precision": None}, "positive number, got None"),
+        ((X, Y), SOFTMAX, {"prior_precision": "1"}, "positive number, got '1'"),
         (DataLoader(TensorDataset(X[:0], Y[:0])), SOFTMAX, {}, "loader yields nothing"),
         ([], SOFTMAX, {}, "loader yields nothing"),
         (TensorDataset(X, Y), SOFTMAX, {}, "wrap it in torch.utils.data.DataLoader"),
@@ -160,3 +167,23 @@ def test_a_progress_bar_is_shown_when_asked_for(capsys):
     network_gp(NET, (inputs(5), Y[:5]), SOFTMAX, progress=False)
     assert isinstance(Q, NetworkPosterior)
     assert dualgp.network_gp is network_gp
+
+
+def test_what_is_no_tensor_is_said_to_be_none():
+    with unchecked(), pytest.raises(InputError, match="Inputs must be a tensor, got list"):
+        Q.predict(TEST.tolist())
+    with unchecked(), pytest.raises(InputError, match="Inputs must be a tensor, got ndarray"):
+        Q.condition(X_NEW.numpy(), Y_NEW)
+    with unchecked(), pytest.raises(InputError, match="Targets must be a tensor, got list"):
+        Q.condition(X_NEW, Y_NEW.tolist())
+
+
+def test_prior_precisions_by_tensor_are_the_callers_to_write_to_or_may_be_a_list():
+    tau = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=tau)
+    before = q.tuned()
+    with unchecked():
+        of_list = network_gp(NET, (X, Y), SOFTMAX, prior_precision=tau.tolist()).tuned()
+    assert torch.allclose(of_list.prior_precision.double(), before.prior_precision)
+    tau *= 100.0
+    assert torch.equal(q.tuned().prior_precision, before.prior_precision)

@@ -1,5 +1,7 @@
 """Other prior precisions from one spectrum are what they are from scratch, and the one chosen is the best."""
 
+import copy
+
 import pytest
 import torch
 from netproblems import (
@@ -18,6 +20,7 @@ from netproblems import (
     Y,
     gap,
     gaussian,
+    inputs,
 )
 
 import dualgp
@@ -124,3 +127,20 @@ def test_more_removed_than_added_is_no_gaussian_at_any_small_prior_precision():
     q = convert(1e4, {}).remove(TEST, dualgp.laplace_sites(SOFTMAX, Y_TEST, NET(TEST).detach()))
     with pytest.raises(dualgp.errors.NotPositiveDefiniteError, match="smallest eigenvalue"):
         q.sweep([1e-4], "validation", TEST, Y_TEST)
+
+
+@pytest.mark.parametrize("options", [{}, {"params": "last_layer"}, {"num_inducing": 30}])
+def test_in_float32_what_rounding_took_is_not_taken_for_removed_data(options):
+    x, y = inputs(400), torch.arange(400) % 3
+    q, exact = (network_gp(copy.deepcopy(NET).to(t), (x.to(t), y), SOFTMAX, **options) for t in (torch.float32, F64))
+    assert q.tuned().prior_precision == pytest.approx(exact.tuned().prior_precision, rel=0.03)
+
+
+def test_centred_at_zero_the_evidence_does_not_count_weights_that_no_datum_sees():
+    x, y = X[:4], Y[:4]  # NC = 12 < P = 27
+    dense, full = (
+        network_gp(NET, (x, y), SOFTMAX, prior_precision=TAU, centre="map", structure=kind)
+        for kind in ("dense", "full")
+    )
+    assert full.posterior.basis.size < dense.posterior.basis.size
+    assert torch.allclose(full.sweep(GRID), dense.sweep(GRID), rtol=1e-8)
