@@ -1,7 +1,7 @@
 """Inputs of classes a network has never seen: do they look uncertain? AUROC of the predictive entropy.
 
 Trained on the digits 0 to 4 (settings in classifiers.py), asked about test images of these and all images of the
-digits 5 to 9. The score is the entropy of the predicted class probabilities, which are softmaxed once. Rows: the network
+digits 5 to 9. The score is the entropy of the class probabilities, which are softmaxed once. Rows: the network
 alone, and as a dual GP with M inducing inputs; τ untuned (Nδ), by evidence, and by the validation data of digits 0-4.
 
     OMP_NUM_THREADS=1 python benchmarks/network_ood.py --cache DIR
