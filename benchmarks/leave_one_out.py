@@ -4,9 +4,9 @@ Claim: the exact removal f_i − V_i (I − B_iV_i)⁻¹ α_i finds the prior pr
 cost of one prediction; the first-order f_i − V_i α_i, and worse its diagonal diag(V_i), as in released code, do not.
 
 "logistic": breast cancer, standardised on all 569, with bias; 300 training data, all left out in truth. "mlp":
-digits/16, 64-16-10 tanh, 300 training data, 30 left out in truth by retraining from the optimum. Both in float64, trained at each
-prior precision δ to a gradient of 1e-6 (Newton; L-BFGS), full GGN. NLLs are of point predictions. Times are CPU
-seconds over all 16: of the estimates from the trained networks, and of ten trainings at each δ more.
+digits/16, 64-16-10 tanh, 300 training data, 30 left out in truth by retraining from the optimum. Both in float64,
+trained at each prior precision δ to a gradient of 1e-6 (Newton; L-BFGS), full GGN. NLLs are of point predictions. Times
+are CPU seconds over all 16: of the estimates from the trained networks, and of ten trainings at each δ more.
 
     OMP_NUM_THREADS=1 python benchmarks/leave_one_out.py logistic mlp --cache DIR
 """
