@@ -137,7 +137,7 @@ def scores(log_p: Tensor, y: Tensor) -> tuple[float, float, float]:
     log_p = log_p.double()
     confidence, label = log_p.exp().max(-1)
     right = (label == y).double()
-    bins = (confidence * 15).long().clamp(max=14)
+    bins = (confidence.nan_to_num() * 15).long().clamp(max=14)
     gaps = torch.zeros(15, dtype=torch.float64).scatter_add_(0, bins, right - confidence)
     nll = -log_p.gather(-1, y.unsqueeze(-1)).mean()
     return float(nll), float(right.mean()), float(gaps.abs().sum() / len(y))

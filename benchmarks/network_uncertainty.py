@@ -15,6 +15,7 @@ laplace-torch's functional has the same M = 20 %. Validation data are those that
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def ours(net: nn.Module, split: Split, tau: float, seed: int, percents: list[int
 
 
 def peer(name: str, net: nn.Module, split: Split, tau: float) -> Iterator[Row]:
-    """Rows of one method of laplace-torch; none if it fails, with a line that says how."""
+    """Rows of one method of laplace-torch, which may break down at some τ; these are not chosen, then."""
     options: dict[str, Any] = {"prior_precision": tau, **PEERS[name]}
     if name == "functional":
         options |= {"n_subset": max(1, len(split.X) // 5), "independent_outputs": False}
@@ -106,8 +107,13 @@ def peer(name: str, net: nn.Module, split: Split, tau: float) -> Iterator[Row]:
     value: dict[str, list[float]] = {"evidence": [], "validation": []}
     for one in grid:
         la.prior_precision = one
-        value["evidence"].append(float(la.log_marginal_likelihood()))
-        value["validation"].append(-scores(predict(split.X_val), split.y_val)[0])
+        try:
+            value["validation"].append(-scores(predict(split.X_val), split.y_val)[0])
+            value["evidence"].append(float(la.log_marginal_likelihood()))
+        except torch.linalg.LinAlgError as error:
+            print(f"# {label} at τ={float(one):.3g}: {error}", flush=True)
+            for found in value.values():
+                found[len(found) :] = [math.nan] * (len(grid[grid <= one]) - len(found))
     seconds = (time.process_time() - start) / 2
     for method, found in value.items():
         la.prior_precision = grid[int(torch.tensor(found).nan_to_num(nan=-float("inf")).argmax())]
