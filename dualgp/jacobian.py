@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dualgp.basis import Basis, Features
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
-from dualgp.linalg import GramSum, eigenpairs_above, row_chunks
+from dualgp.linalg import GramSum, eigenpairs_above, row_chunks, symmetrise, tri_inverse, whiten
 from dualgp.sites import Site
 
 Precision: TypeAlias = float | int | Tensor
@@ -23,8 +24,8 @@ Outputs: TypeAlias = Literal["coupled", "independent"]
 class _Span:
     """The directions of weight space that w spans, whatever the scale of the prior.
 
-    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output), or
-    φ = J where both are None.
+    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output; L⁻ᵀ
+    where no direction is cut), or φ = J where both are None.
     """
 
     jacobian: NetworkJacobian
@@ -42,7 +43,12 @@ class _Span:
             return rows.dense()
         if self.W.ndim == 3:
             return rows.gram_independent(self.at_Z) @ self.W
-        return rows.gram(self.at_Z).flatten(2) @ self.W
+        K = rows.gram(self.at_Z).flatten(2)
+        return whiten(K.flatten(0, 1), self.W.mT).view(K.shape) if self._triangular else K @ self.W
+
+    @cached_property
+    def _triangular(self) -> bool:
+        return self.W is not None and self.W.shape[-1] == self.W.shape[-2] and torch.equal(self.W, self.W.triu())
 
 
 class JacobianBasis(Basis):
@@ -343,8 +349,15 @@ def _independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span
 
 
 def _inverse_root(K: Tensor, tol: float) -> Tensor:
-    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64."""
-    values, vectors = eigenpairs_above(_checked(K.double()), tol)
+    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64; L⁻ᵀ of K = LLᵀ where all of it is above."""
+    exact = symmetrise(_checked(K.double()))
+    L, info = torch.linalg.cholesky_ex(exact)
+    pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), exact.diagonal(dim1=-2, dim2=-1)
+    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else an eigenvalue is below, surely
+        values = torch.linalg.eigvalsh(exact)
+        if bool((values[..., 0] > tol * values[..., -1]).all()):
+            return tri_inverse(L).mT.to(K.dtype)
+    values, vectors = eigenpairs_above(exact, tol)
     return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
 
 

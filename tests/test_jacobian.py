@@ -4,7 +4,7 @@ import pytest
 import reference as ref
 import torch
 from gpytorch.likelihoods import MultitaskGaussianLikelihood, SoftmaxLikelihood
-from networks import engine, jacobian, mlp
+from jacobians import engine, jacobian, mlp
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from toys import F64, at, gap, put, unchecked

@@ -7,10 +7,12 @@ from toys import F64, gap
 from dualgp import errors
 from dualgp.linalg import (
     GramSum,
+    eigenpairs_above,
     logdet,
     mul_lower,
     precision_cholesky,
     psd_cholesky,
+    psd_part,
     row_chunks,
     symmetrise,
     tri_inverse,
@@ -115,3 +117,22 @@ def test_symmetrise_is_the_symmetric_part():
     matrix = draw(2, 4, 4)
     assert torch.equal(symmetrise(matrix), symmetrise(matrix).mT)
     assert gap(symmetrise(matrix) * 2 - matrix, matrix.mT) < 1e-15
+
+
+def test_eigenpairs_are_kept_relative_to_the_largest():
+    Q = torch.linalg.qr(torch.randn(2, 5, 5, dtype=F64)).Q
+    spectrum = torch.tensor([[1.0, 1e-3, 1e-5, 1e-9, 0.0], [2.0, 1.0, 1e-9, 1e-9, 0.0]], dtype=F64)
+    matrix = (Q * spectrum.unsqueeze(-2)) @ Q.mT
+    for scale in (1.0, 1e-12, 1e12):
+        values, vectors = eigenpairs_above(scale * matrix, 1e-7)
+        assert values.shape == (2, 3)
+        assert gap((vectors * values.unsqueeze(-2)) @ vectors.mT / scale, matrix) < 1e-8
+        assert gap(vectors[0].mT @ vectors[0], torch.eye(3)) < 1e-12
+        assert gap(vectors[1, :, 0], torch.zeros(5)) == 0  # of lower rank than the other
+
+
+def test_the_positive_part_leaves_what_is_positive_and_cuts_the_rest():
+    Q = torch.linalg.qr(torch.randn(4, 3, 3, dtype=F64)).Q
+    matrix = (Q * torch.tensor([2.0, 1.0, -1e-3], dtype=F64)) @ Q.mT
+    assert gap(psd_part(matrix), (Q[..., :2] * torch.tensor([2.0, 1.0], dtype=F64)) @ Q[..., :2].mT) < 1e-14
+    assert gap(psd_part(matrix @ matrix.mT), matrix @ matrix.mT) < 1e-14

@@ -1,190 +1,17 @@
 """The layered Jacobian of a network is the Jacobian: every product of it, for every kind of layer."""
 
 import copy
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
+from networks import NETWORKS, Wired, draw, make, mlp, reference
 from torch import Tensor, nn
 from toys import F64, gap
 
-from dualgp.errors import InputError, UnsupportedError
+from dualgp.errors import InputError
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, LookupLayer
-from dualgp.kernels.networks import frozen_network
 from dualgp.kernels.taps import rows_by_func, rows_by_loop
-
-
-class Wired(nn.Module):
-    """A network given as parts and a function of them."""
-
-    def __init__(self, forward: Callable, **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self._function = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._function(self, x)
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def tokens(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(activation: Callable[[], nn.Module] = nn.Tanh, out: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 5), activation(), nn.Linear(5, out))
-
-
-def cnn() -> nn.Module:
-    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(4, 5, 2, bias=False), nn.BatchNorm2d(5), nn.SiLU(), nn.Flatten(), nn.Linear(20, 3)]
-    return nn.Sequential(*layers)
-
-
-def odd_convolutions() -> nn.Module:
-    layers = [nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2), nn.ReLU(inplace=True)]
-    layers += [nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular"), nn.GroupNorm(2, 4), nn.Tanh()]
-    layers += [nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
-    return nn.Sequential(*layers)
-
-
-def pools(dim: int) -> nn.Module:
-    conv, norm = {1: (nn.Conv1d, nn.InstanceNorm1d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[dim]
-    head = nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2))
-    return nn.Sequential(conv(2, 3, 2, padding=1), norm(3, affine=True), nn.Tanh(), conv(3, 3, 2, stride=2), head)
-
-
-def transformer(batch_first: bool) -> nn.Module:
-    def forward(self, x):
-        h = self.embed(x) + self.positions
-        h = self.body(h) if batch_first else self.body(h.transpose(0, 1)).transpose(0, 1)
-        return self.head(self.norm(h).mean(1))
-
-    body = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.3, batch_first=batch_first)
-    parts = {"embed": nn.Embedding(9, 6, padding_idx=2), "body": body, "positions": nn.Parameter(torch.randn(4, 6))}
-    return Wired(forward, **parts, norm=nn.RMSNorm(6), head=nn.Linear(6, 3))
-
-
-def tied_linears() -> nn.Module:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
-    net[2].weight = net[0].weight
-    return net
-
-
-def tied_embedding() -> nn.Module:
-    net = Wired(lambda self, x: self.head(self.embed(x).tanh().mean(1)), embed=nn.Embedding(9, 5), head=nn.Linear(5, 9))
-    net.head.weight = net.embed.weight
-    return net
-
-
-def frozen_in_part() -> nn.Module:
-    net = mlp()
-    net[0].weight.requires_grad_(False)
-    net[4].bias.requires_grad_(False)
-    return net
-
-
-def loose_parameters() -> nn.Module:
-    parts = {"gain": nn.Parameter(torch.tensor(1.3)), "matrix": nn.Parameter(torch.randn(3, 4))}
-    body, unused = nn.Linear(4, 4), nn.Linear(2, 2)
-    return Wired(
-        lambda self, x: self.gain * F.linear(self.body(x).sin(), self.matrix), **parts, body=body, unused=unused
-    )
-
-
-def parametrised() -> nn.Module:
-    first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
-    return nn.Sequential(first, nn.Tanh(), nn.Linear(5, 2))
-
-
-def folded() -> nn.Module:
-    def forward(self, x):
-        return self.b(self.a(x.reshape(-1, 2)).tanh().view(len(x), -1))
-
-    return Wired(forward, a=nn.Linear(2, 3), b=nn.Linear(6, 2))
-
-
-def recurrent() -> nn.Module:
-    parts = {"a": nn.LSTM(3, 4, batch_first=True), "b": nn.Linear(4, 2)}
-    return Wired(lambda self, x: self.b(self.a(x)[0][:, -1]), **parts)
-
-
-class Doubled(nn.Linear):
-    """Looks like a dense layer, and is another."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "tanh": (mlp, draw(6, 4)),
-    "relu in place": (lambda: mlp(lambda: nn.ReLU(inplace=True)), draw(6, 4)),
-    "gelu, one output": (lambda: mlp(nn.GELU, 1), draw(6, 4)),
-    "outputs [n]": (lambda: nn.Sequential(mlp(nn.Softplus, 1), nn.Flatten(0)), draw(6, 4)),
-    "outputs scaled": (lambda: Wired(lambda self, x: 2 * self.body(x), body=mlp()), draw(6, 4)),
-    "cnn": (cnn, draw(5, 2, 6, 6)),
-    "odd convolutions": (odd_convolutions, draw(4, 2, 6, 6)),
-    "conv1d": (lambda: pools(1), draw(5, 2, 6)),
-    "conv3d": (lambda: pools(3), draw(4, 2, 3, 3, 3)),
-    "wide convolution": (lambda: nn.Sequential(nn.Conv1d(9, 2, 4), nn.Flatten(), nn.Linear(4, 2)), draw(5, 9, 5)),
-    "transformer": (lambda: transformer(True), tokens(6, 4)),
-    "transformer, sequence first": (lambda: transformer(False), tokens(6, 4)),
-    "tied linears": (tied_linears, draw(6, 4)),
-    "tied embedding": (tied_embedding, tokens(5, 3)),
-    "few tokens": (
-        lambda: nn.Sequential(nn.Embedding(50, 3), nn.Linear(3, 3), nn.Flatten(), nn.Linear(6, 2)),
-        tokens(5, 2),
-    ),
-    "called twice": (
-        lambda: Wired(lambda self, x: self.b(self.a(self.a(x).tanh()).tanh()), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
-        draw(6, 4),
-    ),
-    "rows folded": (folded, draw(6, 4)),
-    "transposed head": (
-        lambda: Wired(lambda self, x: F.linear(self.a(x).tanh(), self.a.weight.mT), a=nn.Linear(4, 6)),
-        draw(6, 4),
-    ),
-    "frozen in part": (frozen_in_part, draw(6, 4)),
-    "loose parameters": (loose_parameters, draw(6, 4)),
-    "parametrised": (parametrised, draw(6, 4)),
-    "subclass": (lambda: nn.Sequential(Doubled(4, 4), nn.Tanh(), nn.Linear(4, 2)), draw(6, 4)),
-    "bilinear": (lambda: Wired(lambda self, x: self.a(x, x).tanh(), a=nn.Bilinear(4, 4, 3)), draw(6, 4)),
-    "recurrent": (recurrent, draw(5, 4, 3)),
-}
-
-
-def make(name: str) -> tuple[nn.Module, Tensor]:
-    build, x = NETWORKS[name]
-    net = build().double()
-    for module in net.modules():  # statistics and gains that are not those of a new network
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
-        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-            nn.init.normal_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.normal_(module.bias)
-    return net, x
-
-
-def reference(net: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
-    """J [n, C, P], one backward pass of one row for each number of outputs."""
-    net = copy.deepcopy(net).eval()
-    parameters = [net.get_parameter(name).requires_grad_() for name in names]
-    jac = []
-    for row in x:
-        f = net(row[None]).reshape(-1)
-        for value in f:
-            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
-            jac.append(torch.cat([g.flatten() for g in full]))
-    return torch.stack(jac).view(len(x), -1, len(jac[0]))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -334,6 +161,12 @@ def test_the_network_of_the_user_is_left_alone():
     assert torch.equal(jacobian(x), block.f)
 
 
+def test_buffers_may_be_infinite():
+    net = Wired(lambda self, x: self.a(x + self.mask.exp()), a=nn.Linear(4, 2)).double()
+    net.register_buffer("mask", torch.full((4,), -torch.inf, dtype=F64))
+    agrees_with(NetworkJacobian(net, draw(6, 4)), draw(6, 4), reference(net, draw(6, 4), ["a.weight", "a.bias"]))
+
+
 def test_theta_is_flat_in_the_order_of_the_names():
     net, x = make("tanh")
     jacobian = NetworkJacobian(net, x)
@@ -405,112 +238,6 @@ def test_an_operation_that_cannot_be_batched_is_taken_one_output_at_a_time():
     )
 
 
-def linear(forward: Callable) -> nn.Module:
-    return Wired(forward, a=nn.Linear(4, 2)).double()
-
-
-def weights(value: float) -> nn.Module:
-    net = mlp().double()
-    net[2].weight.data[0, 0] = value
-    return net
-
-
-@pytest.mark.parametrize(
-    ("net", "error", "match"),
-    [
-        (lambda: linear(lambda self, x: self.a(x)[:, None]), UnsupportedError, r"\[n, C\].*returned shape \(3, 1, 2\)"),
-        (lambda: linear(lambda self, x: (self.a(x), x)), UnsupportedError, r"returned tuple.*Wrap it"),
-        (lambda: linear(lambda self, x: self.a(x).sum()), UnsupportedError, r"returned shape \(\)"),
-        (lambda: linear(lambda self, x: self.a(x).argmax(1)), UnsupportedError, r"returned torch.int64"),
-        (lambda: linear(lambda self, x: self.a(x - x.mean(0))), UnsupportedError, "change with the other rows"),
-        (lambda: linear(lambda self, x: F.dropout(self.a(x), 0.5)), UnsupportedError, "or from call to call"),
-        (
-            lambda: nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)).double().eval(),
-            UnsupportedError,
-            "Batch normalisation without running statistics",
-        ),
-        (lambda: linear(lambda self, x: self.a(x).detach()), UnsupportedError, "no derivative"),
-        (lambda: linear(lambda self, x: x), UnsupportedError, "no derivative"),
-        (lambda: linear(lambda self, x: self.a(x) / 0), InputError, "outputs hold NaN or infinity"),
-        (lambda: weights(float("nan")), InputError, "2.weight holds NaN or infinity"),
-        (lambda: nn.Sequential(nn.LazyLinear(2)), UnsupportedError, "lazy layers"),
-        (lambda: nn.Linear(4, 2, dtype=torch.complex128), UnsupportedError, "Complex parameters"),
-        (nn.Tanh, InputError, "no parameters"),
-    ],
-)
-def test_networks_that_will_not_do_are_refused(net, error, match):
-    with pytest.raises(error, match=match):
-        NetworkJacobian(net(), draw(3, 4))
-
-
-def test_a_function_is_no_network():
-    with pytest.raises(UnsupportedError, match="Expected a torch.nn.Module, got builtin"):
-        frozen_network(torch.tanh)
-
-
-def test_an_in_place_operation_that_autograd_refuses_is_refused():
-    def forward(self, x):
-        h = self.a(x)
-        z = self.b(h)
-        h.mul_(0.5)
-        return z + h
-
-    net = Wired(forward, a=nn.Linear(4, 2), b=nn.Linear(2, 2)).double()
-    with pytest.raises(UnsupportedError, match="autograd.*in-?place"):
-        NetworkJacobian(net, draw(3, 4))
-
-
-def test_derivatives_that_are_not_finite_are_refused():
-    net = linear(lambda self, x: self.a(x).abs().sqrt())
-    jacobian = NetworkJacobian(net, draw(3, 4))
-    with torch.no_grad():
-        null = -torch.linalg.lstsq(net.a.weight, net.a.bias[:, None]).solution.mT
-        null = null - 0.0 * draw(1, 4)
-    jacobian._network.a.bias.data.copy_(-(jacobian._network.a.weight @ null[0]).data)
-    with pytest.raises(InputError, match="Jacobian of .*a.weight.* hold NaN or infinity"):
-        jacobian.block(null)
-
-
-def test_bad_arguments_are_refused():
-    net, x = make("tanh")
-    jacobian = NetworkJacobian(net, x)
-    with pytest.raises(InputError, match=r"params must be 'all'.*got 'everything'"):
-        NetworkJacobian(net, x, params="everything")
-    with pytest.raises(InputError, match=r"No parameters are named \['5'\]"):
-        NetworkJacobian(net, x, params=["0", "5"])
-    with pytest.raises(InputError, match="selects no parameters"):
-        NetworkJacobian(net, x, params=lambda name: "lora" in name)
-    with pytest.raises(InputError, match="two rows"):
-        NetworkJacobian(net, x[:1])
-    with pytest.raises(InputError, match=r"takes [\d,]+ bytes, more than the budget of 100"):
-        NetworkJacobian(net, x, budget=100)
-    with pytest.raises(InputError, match=r"Expected x of shape \[n, 4\], got \(6, 3\)"):
-        jacobian(x[:, :3])
-    with pytest.raises(InputError, match="no rows"):
-        jacobian.block(x[:0])
-    with pytest.raises(InputError, match="Expected 6 finite scales"):
-        jacobian.scaled(torch.ones(5, dtype=F64))
-    with pytest.raises(InputError, match="different networks or parameters"):
-        jacobian.block(x).gram(NetworkJacobian(net, x, params="last_layer").block(x))
-
-
-def test_no_rows_give_no_outputs():
-    net, x = make("tanh")
-    jacobian = NetworkJacobian(net, x)
-    assert jacobian(x[:0]).shape == (0, 3)
-    assert list(jacobian.blocks(x[:0])) == []
-    assert jacobian.jvp(x[:0], jacobian.theta).shape == (0, 3)
-    assert not jacobian.vjp(x[:0], draw(0, 3)).any()
-
-
-def test_old_weight_norm_is_refused_with_its_remedy():
-    with pytest.warns(FutureWarning, match="weight_norm"):
-        net = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))
-    net(draw(3, 4).float())
-    with pytest.raises(UnsupportedError, match="weight_norm is a common cause"):
-        NetworkJacobian(net, draw(3, 4))
-
-
 @pytest.mark.parametrize("name", ["tanh", "cnn", "transformer"])
 def test_devices_run_the_same_code(name, device):
     net, x = make(name)
@@ -519,3 +246,16 @@ def test_devices_run_the_same_code(name, device):
     assert there.f.device.type == device.type
     assert gap(there.gram(there).cpu(), here.gram(here)) < 1e-10
     assert gap(there.diag().cpu(), here.diag()) < 1e-10
+
+
+def test_rows_that_share_their_output_derivatives_are_rows_that_repeat_them():
+    g = draw(1, 3, 1, 2).expand(5, 3, 1, 2)
+    shared = FactoredLayer((0,), draw(5, 1, 4), g, bias=True)
+    repeated = FactoredLayer((0,), shared.a, g.contiguous(), bias=True)
+    full, full_of_repeated = torch.zeros(2, 5, 3, 5, 3, dtype=F64)
+    shared.add_gram(full, shared), repeated.add_gram(full_of_repeated, repeated)
+    assert gap(full, full_of_repeated) < 1e-14
+    own, own_of_repeated = torch.zeros(2, 3, 5, 5, dtype=F64)
+    shared.add_gram_independent(own, shared), repeated.add_gram_independent(own_of_repeated, repeated)
+    assert gap(own, own_of_repeated) < 1e-14
+    assert gap(shared.dense(), repeated.dense()) < 1e-14

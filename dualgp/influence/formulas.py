@@ -75,10 +75,9 @@ def removal_shift(
     T = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
     h, U = torch.linalg.eigh(symmetrise(T.mT @ B @ T))
     TU = T @ U
-    hat = h[..., -1]
-    capped = hat > max_hat if order == "removal" else torch.zeros_like(hat, dtype=torch.bool)
-    h = h.clamp_max(max_hat)
-    gain = h / (1.0 - h) if order == "removal" else h
-    cov = (TU * gain.unsqueeze(-2)) @ TU.mT
-    pull = V + cov if order == "removal" else V
-    return Shift(-(pull @ alpha.unsqueeze(-1)).squeeze(-1), cov, hat, capped)
+    hat, removal = h[..., -1], order == "removal"
+    kept = h.clamp_max(max_hat)
+    gain = kept / (1.0 - kept) if removal else h
+    cov = (TU * gain.unsqueeze(-2)) @ TU.mT  # V (I − BV)⁻¹ − V, or VBV
+    pull = V + cov if removal else V
+    return Shift(-(pull @ alpha.unsqueeze(-1)).squeeze(-1), cov, hat, (hat > max_hat) & removal)

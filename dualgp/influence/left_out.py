@@ -85,18 +85,18 @@ def leave_one_out(
     f_{−i} = m_i − V_{−i}α_i,  V_{−i} = V_i (I − B_i V_i)⁻¹ (+ the residual, which sites do not change). Exact for
     Gaussian noise at fixed hyperparameters; otherwise the other sites stay as they are.
 
+    With coupled outputs a softmax is expected under independent ones of the same spread: its variances are those of
+    HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
+
     Args:
         q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
         x: inputs, [n, D] or [n, *input_shape].
-        y: targets, [n] or [n, C].
+        y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
         likelihood: of the data.
         order: "first" where q's precision does not contain the sites.
         max_hat: as in `sensitivity`.
         params: per-datum parameters of the likelihood, such as `noise` [n].
-
-    With coupled outputs a softmax is expected under independent ones of the same spread: its variances are those of
-    HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
 
     Raises:
         InputError: if inputs, targets and sites do not fit each other, or targets the likelihood.
@@ -118,7 +118,7 @@ def leave_one_out(
         (0.0, 1.0)
     """
     check_sites(x, sites)
-    _check_targets(likelihood, y, sites, params)
+    y, params = _targets(likelihood, y, sites, params)
     limit = limit_of(q, max_hat)
     parts = []
     for block in blocks_of(q, x, sites):
@@ -148,7 +148,7 @@ def leave_group_out(
     Args:
         q: a `Posterior` that holds the sites (`gp.posterior` of a DualGP).
         x: inputs, [n, D] or [n, *input_shape].
-        y: targets, [n] or [n, C].
+        y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
         likelihood: of the data.
         groups: indices of the data of each group; groups may overlap. `torch.randperm(n).chunk(10)` is ten folds.
@@ -159,8 +159,8 @@ def leave_group_out(
         NotPositiveDefiniteError: if no Gaussian is left without a group, which then was not in q.
         UnsupportedError: if the likelihood has no elementwise conditional.
 
-    Source: Nickl et al. 2023, eq. 14, which has V α for the solve; their § 3.3 drops the cross-terms too, without which
-    the shift hardly correlates with the truth.
+    Source: Nickl et al. 2023, eq. 14, which has V α for the solve. Without the cross-terms too (eq. 43, second form),
+    shifts hardly correlate with the truth.
 
     Example:
         >>> from dualgp import InducingBasis; from gpytorch.kernels import RBFKernel
@@ -174,7 +174,7 @@ def leave_group_out(
         tensor([1.0000, 1.0000], dtype=torch.float64)
     """
     check_sites(x, sites)
-    _check_targets(likelihood, y, sites, params)
+    y, params = _targets(likelihood, y, sites, params)
     members = [_check_group(group, number, len(x)).to(x.device) for number, group in enumerate(groups)]
     if not members:
         raise InputError("There is no group.")
@@ -233,8 +233,7 @@ def _covariance(q: FunctionPosterior, x: Tensor, V: Tensor) -> Tensor:
 
 def _without(q: Posterior[Basis], x: Tensor, sites: Sites, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [g, C], covariance [g, C, C] and hat value of a group under the posterior without it."""
-    lam, B = (t.double() for t in as_matrices(sites))
-    g, C = lam.shape
+    g, C = len(sites), q.basis.num_outputs or 1
     if g * C > q.basis.size:
         try:
             rest = q.remove(x, sites)
@@ -243,9 +242,10 @@ def _without(q: Posterior[Basis], x: Tensor, sites: Sites, number: int) -> tuple
         mean, cov = rest.predict_blocks(x)
         left = torch.linalg.eigvalsh(q.chol_inv @ rest.precision @ q.chol_inv.mT)  # of P⁻¹P₋ = 1 − h
         return mean.double(), cov.double(), 1.0 - left.min()
-    mean, cov = q.function_blocks(x)
-    cov = _covariance(q, x, cov)
-    joint = lam.new_zeros(g, C, g, C)
+    mean, V = q.function_blocks(x)
+    cov = _covariance(q, x, V)
+    lam, B = (t.to(mean) for t in as_matrices(sites))
+    joint = V.new_zeros(g, C, g, C)
     joint[range(g), :, range(g)] = B
     alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
     V = q.function_cross(x, x).reshape(g * C, g * C)
@@ -275,10 +275,15 @@ def _scored(
     return mean, cov, predictive.reshape(n, -1).sum(-1), at_mean.reshape(n, -1).sum(-1)
 
 
-def _check_targets(likelihood: Likelihood, y: Tensor, sites: Sites, params: dict[str, Tensor]) -> None:
+def _targets(
+    likelihood: Likelihood, y: Tensor, sites: Sites, params: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Targets and parameters per datum, checked; [n, 1] of a network with one output, for which [n] will do."""
     n, outputs, fixed = len(sites), tuple(sites.lam.shape[1:]), num_outputs_of(likelihood)
     if fixed is not None and outputs != (fixed,):
         raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but the sites have shape [N, *{outputs}].")
+    if outputs == (1,) and y.shape == (n,):
+        y, params = y.unsqueeze(-1), {name: value.unsqueeze(-1) for name, value in params.items()}
     expected = (n,) if isinstance(likelihood, SoftmaxLikelihood) else (n, *outputs)
     if tuple(y.shape) != expected:
         raise InputError(f"Targets must have shape {expected}, got {tuple(y.shape)}.")
@@ -286,6 +291,7 @@ def _check_targets(likelihood: Likelihood, y: Tensor, sites: Sites, params: dict
         if value.shape[:1] != (n,):
             raise InputError(f"{name} must have one value for each of {n} data, got shape {tuple(value.shape)}.")
     check_targets(likelihood, y)
+    return y, params
 
 
 def _check_group(group: Sequence[int] | Tensor, number: int, n: int) -> Tensor:

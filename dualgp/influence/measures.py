@@ -33,7 +33,7 @@ def leverage(q: FunctionPosterior, x: Tensor, sites: Sites) -> Float[Tensor, "n"
     Raises:
         InputError: if inputs and sites do not fit each other or the posterior.
 
-    Source: Nickl et al. 2023, § 3, for one output.
+    Source: Nickl et al. 2023, v_i of eq. 2 for a ridge; its generalisation to C outputs and any curvature.
 
     Example:
         >>> from dualgp import InducingBasis; from gpytorch.kernels import RBFKernel

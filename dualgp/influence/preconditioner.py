@@ -33,7 +33,7 @@ class DiagonalPosterior:
 
     Example:
         >>> net = torch.nn.Linear(1, 1, bias=False)
-        >>> q = DiagonalPosterior(NetworkJacobian(net, torch.zeros(1, 1)), torch.tensor([0.5]))
+        >>> q = DiagonalPosterior(NetworkJacobian(net, torch.zeros(2, 1)), torch.tensor([0.5]))
         >>> q.function_blocks(torch.tensor([[1.0], [2.0]]))[1].flatten()  # x² s
         tensor([0.5000, 2.0000], dtype=torch.float64)
     """
@@ -72,8 +72,8 @@ def preconditioner_variance(
         UnsupportedError: for another optimiser.
         InputError: for a parameter that the optimiser does not hold or has not stepped yet, or N or δ not positive.
 
-    Source: Nickl et al. 2023, table 1 and appendix on scaling. Deviations: v is corrected for its start at zero, as in
-    the step itself, and SGD's identity is scaled by 1/δ.
+    Source: Nickl et al. 2023, table 1, and their code for the scale. Deviations: v is corrected for its start at zero,
+    as in the step itself, and SGD's identity is scaled by 1/δ.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2)); opt = torch.optim.RMSprop([p], alpha=0.0)

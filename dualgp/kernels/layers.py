@@ -10,8 +10,9 @@ Source: Novak, Sohl-Dickstein, Schoenholz 2022 (fast finite-width neural tangent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -39,7 +40,7 @@ class FactoredLayer:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """What it keeps of each row, in floating point."""
-        return (self.a, self.g)
+        return (self.a, self.g[:1] if _shared(self.g) else self.g)
 
     @property
     def size(self) -> int:
@@ -81,36 +82,35 @@ class FactoredLayer:
             return jac.flatten(2)
         return torch.cat([jac[..., :-1].flatten(2), jac[..., -1]], -1)
 
-    def _as_matrix(self, u: Float[Tensor, "p r"]) -> Float[Tensor, "O I r"]:
-        n_out = self.g.shape[-1]
-        if not self.bias:
-            return u.unflatten(0, (n_out, -1))
-        return torch.cat([u[:-n_out].unflatten(0, (n_out, -1)), u[-n_out:].unsqueeze(1)], 1)
+    def _as_matrix(self, u: Float[Tensor, "p r"]) -> Float[Tensor, "I O r"]:
+        n_out, weights = self.g.shape[-1], len(u) - self.g.shape[-1] * self.bias
+        matrix = u[:weights].unflatten(0, (n_out, -1)).transpose(0, 1)
+        return torch.cat([matrix, u[weights:].unsqueeze(0)]) if self.bias else matrix.contiguous()
 
     def matmul(self, u: Float[Tensor, "p r"]) -> Float[Tensor, "n C r"]:
         """Return J u."""
         if self._explicit_columns(u.shape[-1]):
             return torch.cat([part.dense() @ u for _, part in _explicit_tiles(self)])
-        width = self.a.shape[1] * self.g.shape[-1] * u.shape[-1]
-        matrix = self._as_matrix(u)
-        # Σ_s g_s (U a_s)
-        parts = []
-        for rows in tiles(len(self.a), width, self.a):
-            mapped = torch.einsum("nsi,oir->nsor", self.a[rows], matrix)
-            parts.append(self.g[rows].flatten(2) @ mapped.flatten(1, 2))
+        (_, S, _), (_, C, _, n_out), r = self.a.shape, self.g.shape, u.shape[-1]
+        matrix, parts = self._as_matrix(u).flatten(1), []  # [I, O r]
+        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, _SCRATCH_BYTES):
+            mapped = (self.a[rows] @ matrix).view(-1, S * n_out, r)
+            parts.append(self.g[rows].flatten(2) @ mapped)  # Σ_s g_s (U a_s)
         return torch.cat(parts)
 
     def rmatmul(self, v: Float[Tensor, "n C r"]) -> Float[Tensor, "p r"]:
         """Return Σᵢ Jᵢᵀ vᵢ."""
-        (_, S, n_in), n_out, r = self.a.shape, self.g.shape[-1], v.shape[-1]
+        (_, S, n_in), (_, C, _, n_out), r = self.a.shape, self.g.shape, v.shape[-1]
         if self._explicit_columns(r):
-            return _sum(part.dense().flatten(0, 1).mT @ v[rows].flatten(0, 1) for rows, part in _explicit_tiles(self))
-        total = self.a.new_zeros(n_out, r, n_in)
-        for rows in tiles(len(self.a), S * n_out * r, self.a):
-            pulled = torch.einsum("ncso,ncr->nsor", self.g[rows], v[rows])
-            total += (pulled.flatten(0, 1).flatten(1).mT @ self.a[rows].flatten(0, 1)).view(total.shape)
-        total = total.movedim(1, -1)  # [O, I, r]
-        return torch.cat([total[:, :-1].flatten(0, 1), total[:, -1]]) if self.bias else total.flatten(0, 1)
+            return total(part.dense().flatten(0, 1).mT @ v[rows].flatten(0, 1) for rows, part in _explicit_tiles(self))
+        out = self.a.new_zeros(n_in, n_out * r)
+        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, _SCRATCH_BYTES):
+            pulled = self.g[rows].flatten(2).mT @ v[rows]  # [n, S O, r]
+            out += self.a[rows].flatten(0, 1).mT @ pulled.view(-1, n_out * r)
+        out = out.view(n_in, n_out, r)
+        if not self.bias:
+            return out.transpose(0, 1).flatten(0, 1)
+        return torch.cat([out[:-1].transpose(0, 1).flatten(0, 1), out[-1]])
 
     def _explicit_columns(self, r: int) -> bool:
         (_, S, n_in), C = self.a.shape, self.g.shape[1]
@@ -121,7 +121,7 @@ class FactoredLayer:
         (_, S, n_in), (_, C, _, n_out) = self.a.shape, self.g.shape
         if S == 1:
             a, g = self.a[:, 0].square(), self.g[:, :, 0]
-            weights = a.sum(-1, keepdim=True) if d is None else a @ self._as_matrix(d.unsqueeze(-1)).squeeze(-1).mT
+            weights = a.sum(-1, keepdim=True) if d is None else a @ self._as_matrix(d.unsqueeze(-1)).squeeze(-1)
             return (g * weights.unsqueeze(1)) @ g.mT  # Σ_o (Σ_i d_oi a_i²) g_o g_oᵀ
         if d is None and S * S * (n_in + C * n_out) + C * C * S * n_out < C * n_out * n_in * (S + C):
             rows = tiles(len(self.a), S * (S + C * n_out), self.a)
@@ -334,8 +334,6 @@ def _quad_pairs(g: Tensor, A: Tensor, h: Tensor) -> Tensor:
     return g.flatten(2) @ (A.unsqueeze(1) @ h).flatten(2).mT
 
 
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return reduce(torch.add, parts)

@@ -27,7 +27,7 @@ def frozen_network(network: object) -> nn.Module:
 
     Raises:
         UnsupportedError: if it is no module, cannot be copied, or has complex or uninitialised parameters.
-        InputError: if a parameter or buffer is not finite.
+        InputError: if a parameter is not finite, or there is none.
     """
     if not isinstance(network, nn.Module):
         raise UnsupportedError(f"Expected a torch.nn.Module, got {type(network).__name__}.")
@@ -47,11 +47,13 @@ def frozen_network(network: object) -> nn.Module:
     for module in network.modules():  # hooks on the backward pass see gradients; those on the forward pass are f
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        tensor.requires_grad_(False)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, parameter in network.named_parameters():  # a buffer may hold −∞, as attention masks do
+        parameter.requires_grad_(False)
+        if not parameter.isfinite().all():
             raise InputError(f"The network's {name} holds NaN or infinity: training has diverged.")
     dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    if not dtypes:
+        raise InputError("The network has no parameters.")
     if len(dtypes) > 1 or dtypes & {torch.float16, torch.bfloat16}:
         network = network.to(reduce(torch.promote_types, dtypes, torch.float32))
     return network.eval()

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualgp.errors import InputError, UnsupportedError
-from dualgp.kernels.layers import Layer
+from dualgp.kernels.layers import Layer, total
 from dualgp.kernels.networks import (
     Selection,
     as_outputs,
@@ -124,7 +124,7 @@ class JacobianBlock:
             out[self.slices[t]] = piece
 
     def _sum_of(self, parts: list[Tensor], r: int) -> Tensor:
-        return torch.stack(parts).sum(0) if parts else self.f.new_zeros(*self.f.shape, r)
+        return total(parts) if parts else self.f.new_zeros(*self.f.shape, r)
 
 
 class NetworkJacobian:
@@ -161,9 +161,7 @@ class NetworkJacobian:
     ) -> None:
         self._network = frozen_network(network)
         trainable = {name for name, p in unwrapped(network).named_parameters() if p.requires_grad}
-        first = next(self._network.parameters(), None)
-        if first is None:
-            raise InputError("The network has no parameters.")
+        first = next(p for p in self._network.parameters() if p.is_floating_point())
         self.dtype, self.device, self.budget = first.dtype, first.device, int(budget)
         if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 2:
             raise InputError("example must be a tensor of two rows of inputs or more, [n, *input_shape].")
@@ -186,6 +184,11 @@ class NetworkJacobian:
                 f"One row of the Jacobian takes {self.row_bytes:,} bytes, more than the budget of {self.budget:,}. "
                 "Raise the budget, or select fewer parameters (params='last_layer', or names)."
             )
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen copy, to be read and not changed; the selected parameters require a gradient."""
+        return self._network
 
     @property
     def num_params(self) -> int:
@@ -243,20 +246,19 @@ class NetworkJacobian:
         if len(scales) != len(self.names) or not scales.isfinite().all():
             raise InputError(f"Expected {len(self.names)} finite scales, one for each of {list(self.names)}.")
         new = copy.copy(self)
-        scales = scales.detach().to(self.theta)
+        scales = scales.detach().to(self.device, self.dtype)
         new._scales = scales if self._scales is None else self._scales * scales
         return new
 
     def vjp(self, x: Tensor, u: Float[Tensor, "n C"]) -> Float[Tensor, "P"]:
         """Return Σᵢ Jᵢᵀ uᵢ, by one backward pass for each chunk."""
-        total = torch.zeros(self.num_params, dtype=torch.float64, device=self.device)
+        out = torch.zeros(self.num_params, dtype=torch.float64, device=self.device)
         for rows, chunk in self._chunks(x):
-            total += self._vjp(chunk, u[rows].to(self.theta)).double()
-        total = total.to(self.dtype)
-        if self._scales is None:
-            return total
-        sizes = torch.tensor([p.numel() for p in self._parameters], device=self.device)
-        return total * self._scales.repeat_interleave(sizes)
+            out += self._vjp(chunk, u[rows].to(self.device, self.dtype)).double()
+        if self._scales is not None:
+            sizes = torch.tensor([p.numel() for p in self._parameters], device=self.device)
+            out *= self._scales.repeat_interleave(sizes)
+        return out.to(self.dtype)
 
     def jvp(self, x: Tensor, v: Float[Tensor, "P"]) -> Float[Tensor, "n C"]:
         """Return J v for each row."""
@@ -273,7 +275,8 @@ class NetworkJacobian:
     def _layer_bytes(self, x: Tensor) -> int:
         """Return the bytes of the layers of a row, twice: while they are made, derivatives of what lies between are."""
         _, layers = self._reader.read(x)
-        return 2 * sum(_bytes(part) for layer in layers for part in layer.parts) // len(x)
+        parts = [part for layer in layers for part in layer.parts if len(part) == len(x)]  # one row may serve all
+        return 2 * sum(map(_bytes, parts)) // len(x)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.input_shape or x.ndim == 0:
@@ -289,14 +292,14 @@ class NetworkJacobian:
     def _forward(self, x: Tensor) -> tuple[list[str], int]:
         """Check f on rows together and alone; return the order of modules, and the bytes of activations of a row."""
         order: list[str] = []
-        total = [_bytes(x)]
+        sizes = [_bytes(x)]
         with ExitStack() as hooks, torch.no_grad():
             for name, module in self._network.named_modules():
                 if has_own_parameters(module) and "parametrizations" not in name.split("."):
                     hook = module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
                     hooks.callback(hook.remove)
                 if not any(module.children()):
-                    hook = module.register_forward_hook(lambda _, __, z: total.append(_bytes(z)))
+                    hook = module.register_forward_hook(lambda _, __, z: sizes.append(_bytes(z)))
                     hooks.callback(hook.remove)
             f = _finite(as_outputs(self._network(x), len(x)), "The network's outputs")
         self.num_outputs = f.shape[1]
@@ -314,7 +317,7 @@ class NetworkJacobian:
                 "normalisation without running statistics and dropout that ignores eval mode are common causes: "
                 "replace them."
             )
-        return order, sum(total) // len(x)
+        return order, sum(sizes) // len(x)
 
 
 def _bytes(z: object) -> int:

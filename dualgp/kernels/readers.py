@@ -90,9 +90,8 @@ class Reader:
                 "network so that it treats every number of rows alike."
             ) from error
         if self.explicit:
-            jacs = [
-                j.reshape(*f.shape, -1) for j in self.rows_of(self.network, [self.names[i] for i in self.explicit], x)
-            ]
+            rows = self.rows_of(self.network, [self.names[i] for i in self.explicit], x)
+            jacs = [jac.reshape(*f.shape, -1) for jac in rows]
             layers.append(ExplicitLayer(self.explicit, tuple(j.shape[-1] for j in jacs), torch.cat(jacs, -1)))
         return f.detach(), tuple(layers)
 
@@ -107,10 +106,10 @@ def _verified_plans(plan: Plan, calls: Sequence[Call], u: Tensor, truth: dict[in
     for batch_dim in (0, 1):
         candidate = replace(plan, batch_dim=batch_dim)
         try:
-            total = candidate.build(calls, len(u)).rmatmul(u.unsqueeze(-1)).squeeze(-1)
-        except (MismatchError, RuntimeError, IndexError):
+            pulled = candidate.build(calls, len(u)).rmatmul(u.unsqueeze(-1)).squeeze(-1)
+        except (MismatchError, RuntimeError, ValueError, IndexError):
             continue
-        values = total.split([truth[t].numel() for t in plan.tensors])
+        values = pulled.split([truth[t].numel() for t in plan.tensors])
         if all(_agrees(v.view_as(truth[t]), t, truth) for t, v in zip(plan.tensors, values, strict=True)):
             return [candidate]
     parts = zip((plan.kind, "bias"), plan.tensors, strict=True) if len(plan.tensors) > 1 else ()

@@ -8,10 +8,9 @@ autograd; all others are differentiated explicitly, row by row under `torch.func
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, Layer, LookupLayer
+from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, Layer, LookupLayer, total
 from dualgp.kernels.networks import as_outputs, plain_kernels
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,27 +62,21 @@ class Plan:
         if not parts:
             raise MismatchError("not called")
         if self.kind == "matrix":
-            a = torch.cat([a for a, _ in parts], 1)
-            bias = len(self.tensors) > 1
-            return FactoredLayer(
-                self.tensors, F.pad(a, (0, 1), value=1.0) if bias else a, _cat([g for _, g in parts]), bias
-            )
+            a, bias = torch.cat([a for a, _ in parts], 1), len(self.tensors) > 1
+            a = F.pad(a, (0, 1), value=1.0) if bias else a
+            return FactoredLayer(self.tensors, a, _cat([g for _, g in parts]), bias)
         if self.kind == "table":
             tokens = torch.cat([a for a, _ in parts], 1).squeeze(-1)
             return LookupLayer(self.tensors, tokens, _cat([g for _, g in parts]), first.num_embeddings)
         jacs: list[Tensor] = []
         if self.kind == "gain":
-            jacs.append(_total(torch.einsum("ncso,nso->nco", g, a) for a, g in parts))
+            jacs.append(total(torch.einsum("ncso,nso->nco", g, a) for a, g in parts))
         elif self.kind == "grouped":
             split = (tuple(t.unflatten(-1, (first.groups, -1)) for t in part) for part in parts)
-            jacs.append(_total(torch.einsum("ncsgo,nsgi->ncgoi", g, a).flatten(2) for a, g in split))
+            jacs.append(total(torch.einsum("ncsgo,nsgi->ncgoi", g, a).flatten(2) for a, g in split))
         if self.kind == "bias" or len(self.tensors) > 1:
-            jacs.append(_total(g.sum(2) for _, g in parts))
+            jacs.append(total(g.sum(2) for _, g in parts))
         return ExplicitLayer(self.tensors, tuple(j.shape[-1] for j in jacs), torch.cat(jacs, -1))
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
 
 
 def _cat(g: list[Tensor]) -> Tensor:

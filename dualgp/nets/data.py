@@ -51,7 +51,7 @@ class Source:
                 raise InputError("There are no data: X has no rows.")
         elif isinstance(data, torch.utils.data.Dataset):
             raise InputError("A Dataset yields one datum at a time: wrap it in torch.utils.data.DataLoader.")
-        elif not hasattr(data, "__iter__") or iter(data) is data:
+        elif not hasattr(data, "__iter__") or hasattr(data, "__next__"):
             raise InputError(
                 f"Expected (X, y), or a DataLoader that can be read again and again, got {type(data).__name__}."
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ class Curvature(ABC):
     def __add__(self, other: Curvature) -> Curvature: ...
 
     @abstractmethod
-    def __mul__(self, factor: float) -> Curvature: ...
+    def __mul__(self, factor: float | int) -> Curvature: ...
 
     @abstractmethod
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Curvature:
@@ -62,7 +62,7 @@ class Diagonal(Curvature):
         self._same_kind(other)
         return replace(self, d=self.d + other.d)  # type: ignore[attr-defined]
 
-    def __mul__(self, factor: float) -> Diagonal:
+    def __mul__(self, factor: float | int) -> Diagonal:
         return replace(self, d=self.d * factor)
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Diagonal:
@@ -89,7 +89,7 @@ class Dense(Curvature):
         self._same_kind(other)
         return replace(self, B=self.B + other.B)  # type: ignore[attr-defined]
 
-    def __mul__(self, factor: float) -> Dense:
+    def __mul__(self, factor: float | int) -> Dense:
         return replace(self, B=self.B * factor)
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Dense:
@@ -130,7 +130,7 @@ class Kronecker(Curvature):
                 del terms[same[0]]
         return replace(self, terms=tuple(terms))
 
-    def __mul__(self, factor: float) -> Kronecker:
+    def __mul__(self, factor: float | int) -> Kronecker:
         return replace(self, terms=tuple((G * factor, A) for G, A in self.terms))
 
     def rescaled(self, factors: Float[Tensor, "tensors"]) -> Kronecker:
@@ -180,20 +180,18 @@ class Kronecker(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class LayerSpectrum:
-    """B = Q diag(values) Qᵀ of one layer, with Q = I, Q = `left`, or Q = `left` ⊗ `right` on weights [O, I]; 0 if None."""
+    """B = Q diag(values) Qᵀ of one layer, with Q = I, `left`, or `left` ⊗ `right` on weights [O, I]; 0 by default."""
 
-    values: Float[Tensor, "p"] | None = None
+    values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # [p], or one for all
     left: Tensor | None = None
     right: Tensor | None = None
     bias: bool = False
 
     def quad(self, layer: Layer, scale: float) -> Float[Tensor, "n C C"]:
         """Return J(scale · I + B)⁻¹Jᵀ for each row: the factors of a layer are turned, and nothing else is made."""
-        if self.values is None:
-            return layer.quad() / scale
         if self.left is not None and self.right is None:
             return torch.cat([half @ half.mT for half in self._halves(layer, scale)])
-        return self._turned(layer).quad((1.0 / (scale + self.values)).to(layer.parts[-1]))
+        return self._turned(layer).quad((1.0 / (scale + self.values)).to(layer.parts[-1]).expand(layer.size))
 
     def cross(self, x: Layer, z: Layer, scale: float) -> Float[Tensor, "n C m C"]:
         """Return J(x)(scale · I + B)⁻¹J(z)ᵀ for all pairs of rows and outputs; takes explicit Jacobians, in tiles."""
@@ -232,8 +230,7 @@ class LayerSpectrum:
     def _halves(self, layer: Layer, scale: float) -> Iterator[Tensor]:
         """J Q (scale · I + diag(values))^{-1/2}, [n, C, p], in tiles of rows."""
         like = layer.parts[-1]
-        values = self.values if self.values is not None else like.new_zeros(())
-        root = (scale + values).rsqrt().to(like)
+        root = (scale + self.values).rsqrt().to(like)
         for rows in tiles(len(like), like.shape[1] * layer.size, like):
             yield self._turned(layer[rows]).dense() * root
 

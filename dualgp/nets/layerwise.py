@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -69,8 +69,7 @@ class Structure:
     dense_limit: int = 3000
 
     def __post_init__(self) -> None:
-        kinds = get_args(Structure.__annotations__["kind"]) or ("kronecker", "diagonal")
-        if self.kind not in kinds:
+        if self.kind not in ("kronecker", "diagonal"):
             raise InputError(f"structure must be 'diagonal' or 'kronecker', got {self.kind!r}.")
 
     def layers(self, block: JacobianBlock) -> Iterator[Layer]:
@@ -86,7 +85,7 @@ class StructuredSum:
     """
 
     def __init__(self, basis: JacobianBasis, structure: Structure) -> None:
-        self._shapes, self._structure = basis.jacobian.shapes, structure
+        self._basis, self._structure = basis, structure
         self._lam = torch.zeros(basis.size, dtype=torch.float64, device=basis.device)
         self._sums: dict[Key, tuple[type[Curvature], bool, Moments]] = {}
 
@@ -102,7 +101,7 @@ class StructuredSum:
 
     def site(self) -> StructuredSite:
         """Return the sum so far."""
-        blocks = {}
+        shapes, blocks = self._basis.jacobian.shapes, {}
         for key, (kind, bias, sums) in self._sums.items():
-            blocks[key] = curvature(kind, sums, tuple(self._shapes[t].numel() for t in key), bias)
+            blocks[key] = curvature(kind, sums, tuple(shapes[t].numel() for t in key), bias)
         return StructuredSite(self._lam.clone(), blocks)

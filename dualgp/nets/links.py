@@ -6,6 +6,7 @@ variance there. What counts is Hf and HVH with H = I − 11ᵀ/C.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -70,7 +71,7 @@ def class_log_probs(
     noise = torch.cat([half, -half])
     step = max(1, _NUMBERS // noise.numel())
     parts = [
-        (m.unsqueeze(1) + noise @ r).log_softmax(-1).logsumexp(1) - torch.tensor(float(len(noise))).log()
+        (m.unsqueeze(1) + noise @ r).log_softmax(-1).logsumexp(1) - math.log(len(noise))
         for m, r in zip(mean.split(step), root.split(step), strict=True)
     ]
     return torch.cat(parts) if parts else mean
@@ -83,8 +84,8 @@ def _bridge(mean: Tensor, cov: Tensor) -> Tensor:
     total = row.sum(-1, keepdim=True).clamp_min(torch.finfo(cov.dtype).tiny)
     mean = mean - row * mean.sum(-1, keepdim=True) / total
     var = cov.diagonal(dim1=-2, dim2=-1) - row.square() / total
-    ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * torch.tensor(float(C)).log()
-    alpha = torch.logaddexp(ratio, torch.tensor(1.0 - 2.0 / C).to(mean).log()) - var.clamp_min(1e-30).log()
+    ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * math.log(C)
+    alpha = torch.logaddexp(ratio, (torch.ones_like(ratio) * (1.0 - 2.0 / C)).log()) - var.clamp_min(1e-30).log()
     return alpha.log_softmax(-1)
 
 

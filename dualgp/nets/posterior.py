@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -251,7 +252,7 @@ class NetworkPosterior:
         data: Any = None,
         y: Tensor | None = None,
         *,
-        grid: Tensor | None = None,
+        grid: Tensor | Sequence[float] | None = None,
         link: Link = "probit",
         progress: bool | None = None,
     ) -> NetworkPosterior:
@@ -285,7 +286,7 @@ class NetworkPosterior:
 
     def sweep(
         self,
-        grid: Tensor,
+        grid: Tensor | Sequence[float],
         method: Method = "evidence",
         data: Any = None,
         y: Tensor | None = None,
@@ -297,7 +298,7 @@ class NetworkPosterior:
         source = None if data is None and y is None else Source(data, y, self.likelihood)
         return tuning.scores(self, self._factors(grid), method, source, link, progress)
 
-    def _factors(self, grid: Tensor) -> Tensor:
+    def _factors(self, grid: Tensor | Sequence[float]) -> Tensor:
         grid = torch.as_tensor(grid, dtype=torch.float64)
         if grid.ndim != 1 or not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
             raise InputError(f"grid must hold positive numbers [k], got {grid.tolist()}.")

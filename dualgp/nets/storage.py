@@ -86,7 +86,8 @@ def _build(
     likelihood: Likelihood,
     example: Tensor | None,
 ) -> NetworkPosterior:
-    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors.values()):
+    ours = [t for name, t in tensors.items() if not name.startswith("likelihood.")]  # constraints may be infinite
+    if any(t.is_floating_point() and not t.isfinite().all() for t in ours):
         raise InputError("The file holds NaN or infinity.")
     likelihood = copy.deepcopy(likelihood).requires_grad_(False)
     likelihood.load_state_dict(_under(tensors, "likelihood."))

@@ -1,4 +1,4 @@
-"""Posteriors over the weights of a network that are block-diagonal over layers: diagonal, or sums of Kronecker products.
+"""Posteriors over a network's weights that are block-diagonal over layers: diagonal, or sums of Kronecker products.
 
     f(x) = f(x; θ*) + φ(x)w,   w = √τ(θ − θ*) ~ N(0, I),   P = I + B,   B block-diagonal over layers
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, UnsupportedError
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
+from dualgp.kernels.layers import Layer
 from dualgp.linalg import symmetrise
 from dualgp.nets.factors import Kronecker, LayerSpectrum
 from dualgp.nets.layerwise import Key, Structure, StructuredSite, StructuredSum
@@ -121,7 +122,7 @@ class StructuredPosterior:
         out = self.site.lam.new_zeros(len(x), C, len(z), C)
         for columns, right in self.blocks(z):
             for rows, left in self.blocks(x):
-                pairs = zip(self.structure.layers(left), self.structure.layers(right), strict=True)
+                pairs = zip(self._layers(left), self._layers(right), strict=True)
                 for mine, theirs in pairs:
                     out[rows, :, columns] += self._spectrum(mine.tensors).cross(mine, theirs, 1.0)
         return out
@@ -293,8 +294,18 @@ class StructuredPosterior:
     @torch.no_grad()
     def covariance(self, phi: JacobianBlock, scale: float = 1.0) -> Float[Tensor, "n C C"]:
         """Return φ(scale · I + B)⁻¹φᵀ of each row, in float64."""
-        layers = list(self.structure.layers(phi))
+        layers = self._layers(phi)
         return torch.stack([self._spectrum(layer.tensors).quad(layer, scale) for layer in layers]).sum(0).double()
+
+    def _layers(self, phi: JacobianBlock) -> list[Layer]:
+        layers = list(self.structure.layers(phi))
+        unknown = set(self._spectra) - {layer.tensors for layer in layers}
+        if unknown:
+            raise BasisMismatchError(
+                f"The site has blocks of the tensors {sorted(unknown)}, which are no layers of the structure "
+                f"{self.structure}: it was made for another one."
+            )
+        return layers
 
     def _spectrum(self, key: Key) -> LayerSpectrum:
         spectrum = self._spectra.get(key, LayerSpectrum())
@@ -363,7 +374,7 @@ def linear(phi: JacobianBlock, w: Float[Tensor, "P"]) -> Float[Tensor, "n C"]:
     return f + phi.matmul(w.unsqueeze(-1)).squeeze(-1).double() if bool(w.any()) else f
 
 
-def _tau(basis: JacobianBasis) -> Tensor:
+def _tau(basis: JacobianBasis) -> Float[Tensor, "tensors"]:
     """The prior precision of each parameter tensor, in float64."""
     tau = torch.as_tensor(basis.prior_precision, dtype=torch.float64).detach().cpu()
     return tau.expand(len(basis.jacobian.shapes))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dualgp.errors import InputError
-from dualgp.influence.blocks import as_matrices, limit_of
+from dualgp.influence.blocks import as_matrices, limit_of, warn_capped
 from dualgp.influence.formulas import removal_shift
 from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.links import Link, class_log_probs
@@ -53,7 +53,7 @@ def scores(
     factors = factors.double()
     if source is None:
         return q.sweep_evidence(factors)
-    total, rows_seen = torch.zeros_like(factors, device=q.basis.device), []
+    total, rows_seen, capped = torch.zeros_like(factors, device=q.basis.device), [], []
     with tqdm(
         desc=method, unit="row", leave=False, delay=1.0, disable=None if progress is None else not progress
     ) as bar:
@@ -63,11 +63,14 @@ def scores(
             rows_seen.append(rows_of(batch, q.basis.dtype))
             for rows, sweep in q.spectrum.blocks(batch.x, factors):
                 part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
-                total += torch.stack([score.sum() for score in _score(q, part, sweep, method, link)])
+                scored, over = zip(*_score(q, part, sweep, method, link), strict=True)
+                total += torch.stack(scored)
+                capped.append(torch.stack(over).any(0))
                 bar.update(len(part.x))
     seen = torch.cat(rows_seen)
     if method == "leave_one_out":
         q.held.remove(seen)  # raises if one cannot be left out
+        warn_capped(torch.cat(capped), limit_of(q.posterior, None))
     return total / len(seen)
 
 
@@ -93,16 +96,19 @@ def best_factor(
 
 def _score(
     q: NetworkPosterior, batch: Batch, sweep: Iterator[FunctionBlocks], method: Method, link: Link
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sum of the scores at each prior precision, and whose removal was capped."""
     lam, B = as_matrices(q.sites_at(batch.x, batch.y, **batch.params)) if method == "leave_one_out" else (None, None)
     for function in sweep:
         mean, cov = function.mean, function.V + function.residual
+        capped = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
         if lam is not None and B is not None:
             alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
             shift = removal_shift(function.V, alpha, B, max_hat=limit_of(q.posterior, None))
-            mean, cov = mean + shift.mean, cov + shift.cov
+            mean, cov, capped = mean + shift.mean, cov + shift.cov, shift.capped
         if isinstance(q.likelihood, SoftmaxLikelihood):
-            yield class_log_probs(mean, cov, link).gather(-1, batch.y.long().unsqueeze(-1))
+            log_p = class_log_probs(mean, cov, link).gather(-1, batch.y.long().unsqueeze(-1))
         else:
             mean, var = (t.reshape(batch.y.shape) for t in (mean, cov.diagonal(dim1=-2, dim2=-1)))
-            yield log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
+            log_p = log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
+        yield log_p.sum(), capped

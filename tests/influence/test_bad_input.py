@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from leaning import F64, at_optimum
-from networks import mlp
+from jacobians import mlp
 from toys import at, gaussian, line, random_sites, rbf, unchecked
 
 from dualgp import InducingBasis, Posterior, Sites, errors

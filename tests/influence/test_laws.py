@@ -6,11 +6,11 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, MultitaskGaussianLikelihood, SoftmaxLikelihood
 from gpytorch.means import ConstantMean
 from leaning import F64
-from networks import jacobian, mlp
+from jacobians import jacobian, mlp
 from torch import Tensor
 from toys import at, gap, gaussian, line, matern, random_sites, rbf, waves
 
-from dualgp import DualGP, InducingBasis, Posterior, Sites, errors
+from dualgp import DualGP, InducingBasis, Posterior, Sites, errors, log_predictive
 from dualgp.influence import (
     DiagonalPosterior,
     leave_group_out,
@@ -189,6 +189,20 @@ def test_noise_may_differ_by_datum_and_by_output():
     assert left.mean.shape == (N, 2)
 
 
+def test_a_network_with_one_output():
+    net, x = mlp(outputs=1), torch.randn(N, 2, dtype=F64)
+    engine, y = NetworkJacobian(net, x[:2]), (torch.arange(N) % 2).double()
+    sites = laplace_sites(LogitBernoulliLikelihood(), y, engine(x))
+    q = Posterior(JacobianBasis.of_weights(engine, 0.2)).add(x, sites)
+    left = leave_one_out(q, x, y, sites, LogitBernoulliLikelihood())
+    grouped = leave_group_out(q, x, y, sites, LogitBernoulliLikelihood(), [[i] for i in range(N)])
+    mean, var = never_saw(q, x, sites, 3).predict(x[3:4])
+    expected = log_predictive(LogitBernoulliLikelihood(), y[3:4], mean[0], var[0])
+    assert gap(left.log_predictive[3], expected) < 1e-9
+    assert gap(left.log_predictive, grouped.log_predictive) < 1e-9
+    assert gap(-left.log_likelihood, torch.nn.functional.softplus((1 - 2 * y) * left.mean.squeeze(-1))) < 1e-6
+
+
 def q_of_two() -> Posterior:
     return Posterior(InducingBasis(rbf(), line(-2, 2, 7), num_outputs=2))
 
@@ -226,7 +240,9 @@ def test_what_the_precision_does_not_contain_is_capped_counted_and_warned_of():
         assert gap(s.mean_shift[i], -without @ sites.alpha(f)[i]) < 1e-8
     with pytest.warns(errors.NumericalWarning):
         assert leave_one_out(wide, x, torch.arange(N) % 3, sites, THREE).num_capped == s.num_capped
-    assert sensitivity(wide, x, sites, order="first").num_capped == 0
+    first = sensitivity(wide, x, sites, order="first")
+    assert first.num_capped == 0
+    assert gap(first.var_shift, (V @ sites.beta @ V).diagonal(dim1=-2, dim2=-1)) < 1e-8
 
 
 def test_a_group_that_was_never_there_cannot_be_left_out():

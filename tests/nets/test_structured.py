@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from networks import engine, jacobian, mlp
+from jacobians import engine, jacobian, mlp
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from toys import F64, unchecked

@@ -1,0 +1,1 @@
+"""To and from other libraries, each imported when it is asked for."""
