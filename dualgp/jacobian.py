@@ -353,7 +353,7 @@ def _inverse_root(K: Tensor, tol: float) -> Tensor:
     exact = symmetrise(_checked(K.double()))
     L, info = torch.linalg.cholesky_ex(exact)
     pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), exact.diagonal(dim1=-2, dim2=-1)
-    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else an eigenvalue is below, surely
+    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else one eigenvalue is below
         values = torch.linalg.eigvalsh(exact)
         if bool((values[..., 0] > tol * values[..., -1]).all()):
             return tri_inverse(L).mT.to(K.dtype)

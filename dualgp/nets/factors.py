@@ -191,7 +191,7 @@ class LayerSpectrum:
         """Return J(scale · I + B)⁻¹Jᵀ for each row: the factors of a layer are turned, and nothing else is made."""
         if self.left is not None and self.right is None:
             return torch.cat([half @ half.mT for half in self._halves(layer, scale)])
-        return self._turned(layer).quad((1.0 / (scale + self.values)).to(layer.parts[-1]).expand(layer.size))
+        return self._turned(layer).quad((1.0 / (scale + self.values)).to(_by_rows(layer)).expand(layer.size))
 
     def cross(self, x: Layer, z: Layer, scale: float) -> Float[Tensor, "n C m C"]:
         """Return J(x)(scale · I + B)⁻¹J(z)ᵀ for all pairs of rows and outputs; takes explicit Jacobians, in tiles."""
@@ -221,7 +221,7 @@ class LayerSpectrum:
         """J Q: in factors, or explicit where Q is dense."""
         if self.left is None:
             return layer
-        left = self.left.to(layer.parts[-1])
+        left = self.left.to(_by_rows(layer))
         if self.right is None:
             return ExplicitLayer(layer.tensors, (layer.size,), layer.dense() @ left)
         assert isinstance(layer, FactoredLayer)
@@ -229,10 +229,15 @@ class LayerSpectrum:
 
     def _halves(self, layer: Layer, scale: float) -> Iterator[Tensor]:
         """J Q (scale · I + diag(values))^{-1/2}, [n, C, p], in tiles of rows."""
-        like = layer.parts[-1]
+        like = _by_rows(layer)
         root = (scale + self.values).rsqrt().to(like)
         for rows in tiles(len(like), like.shape[1] * layer.size, like):
             yield self._turned(layer[rows]).dense() * root
+
+
+def _by_rows(layer: Layer) -> Tensor:
+    """What a layer keeps for each row, [n, C, ...]; not `parts`, in which a last layer's is of one row for all."""
+    return layer.jac if isinstance(layer, ExplicitLayer) else layer.g
 
 
 Moments = tuple[Tensor, ...]  # what sums over data, before it is a Curvature
@@ -249,7 +254,7 @@ def kind_of(layer: Layer, structure: str, dense_limit: int) -> type[Curvature]:
 
 def moments(kind: type[Curvature], layer: Layer, sites: Sites) -> Moments:
     """Return the sums over a block of data that a `Curvature` of this kind is made of, in float64."""
-    like = layer.parts[-1]
+    like = _by_rows(layer)
     width = like[0].numel() if kind is not Dense and isinstance(layer, FactoredLayer) else like.shape[1] * layer.size
     parts = [_moments(kind, layer[rows], sites[rows]) for rows in tiles(len(like), width, like)]
     return tuple(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))

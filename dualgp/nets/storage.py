@@ -104,7 +104,7 @@ def _build(
         posterior = Posterior(basis, Site(lam, tensors["B"].to(device)))
     else:
         kind, separate_bias, dense_limit, blocks = config["structure"]
-        made = {tuple(key): _curvature(i, *about, tensors, device) for i, (key, about) in enumerate(blocks)}
+        made = {tuple(key): _curvature(i, about, tensors, device) for i, (key, about) in enumerate(blocks)}
         structure = Structure(kind, bool(separate_bias), int(dense_limit))
         posterior = StructuredPosterior(basis, StructuredSite(lam, made), structure)
     if tensors["pull"].shape != (jacobian.num_params,) or held.keys.shape != held.counts.shape:
@@ -159,7 +159,8 @@ def _parts(block: Curvature) -> list[Tensor]:
     return [block.B if isinstance(block, Dense) else block.d]  # type: ignore[attr-defined]
 
 
-def _curvature(i: int, kind: str, settings: Any, tensors: dict[str, Tensor], device: torch.device) -> Curvature:
+def _curvature(i: int, about: Any, tensors: dict[str, Tensor], device: torch.device) -> Curvature:
+    kind, settings = about
     if kind == "Kronecker":
         bias, count = settings
         factors = [tensors[f"block.{i}.{j}"].to(device) for j in range(2 * count)]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from leaning import F64, at_optimum
 from jacobians import mlp
+from leaning import F64, at_optimum
 from toys import at, gaussian, line, random_sites, rbf, unchecked
 
 from dualgp import InducingBasis, Posterior, Sites, errors

@@ -5,8 +5,8 @@ import reference as ref
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, MultitaskGaussianLikelihood, SoftmaxLikelihood
 from gpytorch.means import ConstantMean
-from leaning import F64
 from jacobians import jacobian, mlp
+from leaning import F64
 from torch import Tensor
 from toys import at, gap, gaussian, line, matern, random_sites, rbf, waves
 

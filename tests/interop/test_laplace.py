@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpytorch.likelihoods import BernoulliLikelihood, GaussianLikelihood, SoftmaxLikelihood
-from networks import mlp
+from jacobians import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import F64

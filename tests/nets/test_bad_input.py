@@ -3,8 +3,8 @@
 import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, Y_TEST, X, Y, gaussian, inputs
 from jacobians import mlp
+from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, Y_TEST, X, Y, gaussian, inputs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import unchecked

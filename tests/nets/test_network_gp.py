@@ -6,6 +6,7 @@ import gpytorch
 import pytest
 import reference as ref
 import torch
+from jacobians import jacobian, mlp
 from netproblems import (
     F64,
     NET,
@@ -28,7 +29,6 @@ from netproblems import (
     theta,
     trained,
 )
-from jacobians import jacobian, mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

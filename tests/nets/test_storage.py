@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, X, Y, gaussian
 from jacobians import mlp
+from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, X, Y, gaussian
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, SoftmaxLikelihood
-from networks import mlp
+from jacobians import mlp
 from toys import F64
 
 from dualgp import NetworkPosterior, leave_one_out, leverage, network_gp
