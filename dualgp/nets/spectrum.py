@@ -52,10 +52,16 @@ class Spectrum:
 
     @classmethod
     def of(cls, basis: JacobianBasis, site: Site, prior: Tensor) -> Spectrum:
-        """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros."""
+        """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros.
+
+        B is a sum of products in the dtype of the basis, whose rounding makes its null space negative here and there:
+        by up to √r ε |B|, which is taken for zero.
+        """
         values, vectors = torch.linalg.eigh(symmetrise(site.B))
-        rounding = site.B.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax()
-        values = torch.where(values.abs() <= rounding, 0.0, values)
+        largest, r = values.abs().amax(), site.B.shape[-1]
+        values = torch.where(values.abs() <= r * torch.finfo(values.dtype).eps * largest, 0.0, values)
+        lost = r**0.5 * torch.finfo(basis.dtype).eps * largest
+        values = torch.where((values < 0) & (values >= -lost), 0.0, values)
         turned = [(vectors.mT @ v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior)]
         return cls(basis, values, vectors, *turned)
 

@@ -1,5 +1,7 @@
 """Other prior precisions from one spectrum are what they are from scratch, and the one chosen is the best."""
 
+import copy
+
 import pytest
 import torch
 from netproblems import (
@@ -124,3 +126,18 @@ def test_more_removed_than_added_is_no_gaussian_at_any_small_prior_precision():
     q = convert(1e4, {}).remove(TEST, dualgp.laplace_sites(SOFTMAX, Y_TEST, NET(TEST).detach()))
     with pytest.raises(dualgp.errors.NotPositiveDefiniteError, match="smallest eigenvalue"):
         q.sweep([1e-4], "validation", TEST, Y_TEST)
+
+
+def test_rounding_of_a_null_space_in_single_precision_is_no_removal():
+    net, x, y = copy.deepcopy(NET).float(), X[:6].float(), Y[:6]  # 12 directions of 27 are seen
+    q = network_gp(net, (x, y), SOFTMAX, prior_precision=1e-3, structure="dense")
+    assert float(torch.linalg.eigvalsh(q.posterior.site.B).min()) < 0
+    low = torch.tensor([1e-12, 1e-9, 1e-6], dtype=F64)
+    assert bool(q.sweep(low).isfinite().all())
+    assert float(q.spectrum.values.min()) == 0
+
+
+def test_more_removed_than_was_added_is_still_an_error():
+    q = convert(TAU, {}).remove(TEST, convert(TAU, {}).sites_at(TEST, Y_TEST))
+    with pytest.raises(dualgp.errors.NotPositiveDefiniteError):
+        q.sweep(torch.tensor([1e-6 * TAU]), "validation", (TEST, Y_TEST))
