@@ -65,12 +65,12 @@ def scores(
                 part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
                 scored, over = zip(*_score(q, part, sweep, method, link), strict=True)
                 total += torch.stack(scored)
-                capped.append(torch.stack(over).any(0))
+                capped.append(torch.stack(over))
                 bar.update(len(part.x))
     seen = torch.cat(rows_seen)
     if method == "leave_one_out":
         q.held.remove(seen)  # raises if one cannot be left out
-        warn_capped(torch.cat(capped), limit_of(q.posterior, None))
+        warn_capped(torch.cat(capped, -1)[total.argmax()], limit_of(q.posterior, None))  # the rest is not chosen
     return total / len(seen)
 
 
@@ -82,8 +82,13 @@ def best_factor(
     link: Link = "probit",
     progress: bool | None = None,
 ) -> float:
-    """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best."""
+    """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best.
+
+    To leave one out, the prior is centred at zero whatever the posterior's centre: centred at a network that has seen
+    the datum, it scores log p(y|f(x; θ*)) as τ → ∞, the fit of the training, which no honest score reaches.
+    """
     factors = factors.double().sort().values
+    q = q.with_centre("map") if method == "leave_one_out" else q
     for _ in range(3):
         values = scores(q, factors, method, source, link, progress)
         best = int(values.nan_to_num(nan=-float("inf")).argmax())

@@ -21,6 +21,7 @@ from netproblems import (
     gap,
     gaussian,
 )
+from toys import unchecked
 
 import dualgp
 from dualgp import network_gp
@@ -95,6 +96,7 @@ def test_the_best_is_chosen_and_refined(method):
     data = {"evidence": (), "validation": (TEST, TARGETS_TEST), "leave_one_out": (X, TARGETS)}[method]
     q = network_gp(REGRESSOR, (X, TARGETS), gaussian(), prior_precision=TAU)
     best = q.tuned(method, *data)
+    q = q.with_centre("map") if method == "leave_one_out" else q
     fine = torch.logspace(-6, 8, 2000, dtype=F64)
     values = q.sweep(fine, method, *data)
     assert float(q.sweep([best.prior_precision], method, *data)) > float(values.max()) - 1e-3 * abs(float(values.max()))
@@ -137,7 +139,36 @@ def test_rounding_of_a_null_space_in_single_precision_is_no_removal():
     assert float(q.spectrum.values.min()) == 0
 
 
-def test_more_removed_than_was_added_is_still_an_error():
-    q = convert(TAU, {}).remove(TEST, convert(TAU, {}).sites_at(TEST, Y_TEST))
-    with pytest.raises(dualgp.errors.NotPositiveDefiniteError):
-        q.sweep(torch.tensor([1e-6 * TAU]), "validation", (TEST, Y_TEST))
+@pytest.mark.parametrize("options", [o for o in KINDS if "outputs" not in o] + [{"structure": "dense"}])
+def test_a_centre_is_what_it_is_from_scratch(options):
+    other = {"network": "map", "map": "network"}[options.get("centre", "network")]
+    q = convert(TAU, options)
+    moved, fresh = q.with_centre(other), convert(TAU, options | {"centre": other})
+    if options.get("structure") != "kronecker":
+        q, moved, fresh = (p.condition(X_NEW, Y_NEW).with_prior_precision(4.0) for p in (q, moved, fresh))
+    for a, b in zip(moved.predict_blocks(TEST), fresh.predict_blocks(TEST), strict=True):
+        assert gap(a, b) < 1e-9 * (1 + b.abs().max())
+    assert moved.log_marginal_likelihood() == pytest.approx(fresh.log_marginal_likelihood(), rel=1e-9)
+    back = moved.with_centre(q.centre).predict(TEST)[0]
+    assert gap(back, q.predict(TEST)[0]) < 1e-9 * (1 + back.abs().max())
+
+
+def test_independent_outputs_keep_their_centre():
+    q = convert(TAU, {"num_inducing": 5, "outputs": "independent"})
+    for call in (lambda: q.with_centre("map"), lambda: q.tuned("leave_one_out", X, Y)):
+        with pytest.raises(dualgp.errors.UnsupportedError, match="convert"):
+            call()
+    assert q.with_centre("network") is q
+    with pytest.raises(dualgp.errors.InputError, match="centre must be"), unchecked():
+        q.with_centre("prior")
+
+
+def test_leaving_one_out_of_a_network_that_has_seen_all_does_not_choose_an_infinite_prior_precision():
+    q = network_gp(REGRESSOR, (X, TARGETS), gaussian(), prior_precision=TAU)
+    at_infinity = q.with_prior_precision(1e8)
+    fit = at_infinity.sweep([1e8], "leave_one_out", X, TARGETS)
+    assert float(fit) == pytest.approx(q.log_likelihood / 30, abs=1e-5)  # the network's fit: nothing is left out
+    tuned, exact = (q.with_centre(c).tuned("leave_one_out", X, TARGETS) for c in ("network", "map"))
+    assert tuned.centre == "network"
+    assert tuned.prior_precision == pytest.approx(exact.prior_precision, rel=1e-6)
+    assert tuned.prior_precision < 1e6
