@@ -238,7 +238,8 @@ class NetworkPosterior:
                 "Independent outputs keep the centre they were converted with, and leaving one out needs 'map': use "
                 f"network_gp(…, centre={centre!r})."
             )
-        basis, site = self.basis, self.posterior.site
+        basis = self.basis
+        site: Any = self.posterior.site
         pull = basis.coordinates(basis.whiten(self.pull) - basis.whitened_theta)  # Φᵀ(Jᵀα/√τ − √τθ*)
         site = dataclasses.replace(site, lam=site.lam + (pull if centre == "map" else -pull))
         q = self.posterior
