@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -239,6 +239,30 @@ class NetworkPosterior:
         site = self.basis.carry(site, basis)
         return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
 
+    def with_centre(self, centre: Centre) -> NetworkPosterior:
+        """Return the posterior with the mean of the other centre, as if converted with it; exactly, without the data.
+
+        Raises:
+            InputError: if it is not "network" or "map".
+            UnsupportedError: for independent outputs, whose pulls are not kept apart: convert with that centre.
+        """
+        if centre not in get_args(Centre):
+            raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
+        if centre == self.centre:
+            return self
+        if not self.basis.coupled and self.num_outputs > 1:
+            raise UnsupportedError(
+                "Independent outputs keep the centre they were converted with, and leaving one out needs 'map': use "
+                f"network_gp(…, centre={centre!r})."
+            )
+        basis = self.basis
+        site: Any = self.posterior.site
+        pull = basis.coordinates(basis.whiten(self.pull) - basis.whitened_theta)  # Φᵀ(Jᵀα/√τ − √τθ*)
+        site = dataclasses.replace(site, lam=site.lam + (pull if centre == "map" else -pull))
+        q = self.posterior
+        q = q.with_site(site) if isinstance(q, StructuredPosterior) else Posterior(basis, site)
+        return dataclasses.replace(self, posterior=q, centre=centre)
+
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> float:
         """Return log Z, the evidence, at this prior precision or another one: O(rank) after the first call.
 
@@ -274,7 +298,8 @@ class NetworkPosterior:
 
         Args:
             method: "evidence" (see `log_marginal_likelihood`); "validation", the log predictive density of data held
-                back; "leave_one_out", the same of the training data, each without its own site.
+                back; "leave_one_out", the same of the training data, each without its own site, by the mean of
+                centre "map" (the network itself has seen them all, and would be left as it is: τ → ∞).
             data: for the last two, as in `network_gp`: (x, y), x with `y`, or a loader.
             y: targets, where `data` is x.
             grid: prior precisions to try; four in each decade from 1e-6 to 1e8 if None. The best is refined between its

@@ -56,13 +56,15 @@ class Spectrum:
 
     @classmethod
     def of(cls, basis: JacobianBasis, site: Site, prior: Tensor, energy: Tensor) -> Spectrum:
-        """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros."""
+        """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros.
+
+        B is a sum of products in the dtype of the basis, whose rounding makes its null space negative here and there:
+        that is taken for zero.
+        """
         values, vectors = torch.linalg.eigh(symmetrise(site.B))
         scale = site.B.shape[-1] * values.abs().amax()
         nothing = values.abs() <= torch.finfo(values.dtype).eps * scale
-        rounded = (values < 0) & (
-            -values <= torch.finfo(basis.dtype).eps * scale
-        )  # B is summed from rows of that dtype
+        rounded = (values < 0) & (-values <= torch.finfo(basis.dtype).eps * scale)
         values = torch.where(nothing | rounded, 0.0, values)
         a, c = ((vectors.mT @ v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior))
         return cls(basis, values, vectors, a, c, energy)

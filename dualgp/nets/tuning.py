@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -76,19 +76,25 @@ class Task:
                     part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
                     scored, over = zip(*self._score(part, sweep), strict=True)
                     total += torch.stack(scored)
-                    capped.append(torch.stack(over).any(0))
+                    capped.append(torch.stack(over))
                     bar.update(len(part.x))
         seen = torch.cat(rows_seen)
         if self.method == "leave_one_out":
             q.held.remove(seen)  # raises if one cannot be left out
-            warn_capped(torch.cat(capped), limit_of(q.posterior, None))
+            at = torch.cat(capped, -1)[total.argmax()]  # the rest is not chosen
+            warn_capped(at, limit_of(q.posterior, None))
         return total / len(seen)
 
     def best(self, factors: Float[Tensor, "k"]) -> float:
-        """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best."""
+        """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best.
+
+        To leave one out, the prior is centred at zero whatever the posterior's centre: centred at a network that has
+        seen the datum, it scores log p(y|f(x; θ*)) as τ → ∞, the fit of the training, which no honest score reaches.
+        """
+        task = replace(self, q=self.q.with_centre("map")) if self.method == "leave_one_out" else self
         factors = factors.sort().values
         for _ in range(3):
-            values = self.scores(factors)
+            values = task.scores(factors)
             best = int(values.nan_to_num(nan=-float("inf")).argmax())
             found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
             if len(factors) == 1:

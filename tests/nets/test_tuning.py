@@ -22,6 +22,7 @@ from netproblems import (
     gaussian,
     inputs,
 )
+from toys import unchecked
 
 import dualgp
 from dualgp import network_gp
@@ -96,6 +97,7 @@ def test_the_best_is_chosen_and_refined(method):
     data = {"evidence": (), "validation": (TEST, TARGETS_TEST), "leave_one_out": (X, TARGETS)}[method]
     q = network_gp(REGRESSOR, (X, TARGETS), gaussian(), prior_precision=TAU)
     best = q.tuned(method, *data)
+    q = q.with_centre("map") if method == "leave_one_out" else q
     fine = torch.logspace(-6, 8, 2000, dtype=F64)
     values = q.sweep(fine, method, *data)
     assert float(q.sweep([best.prior_precision], method, *data)) > float(values.max()) - 1e-3 * abs(float(values.max()))
@@ -144,3 +146,47 @@ def test_centred_at_zero_the_evidence_does_not_count_weights_that_no_datum_sees(
     )
     assert full.posterior.basis.size < dense.posterior.basis.size
     assert torch.allclose(full.sweep(GRID), dense.sweep(GRID), rtol=1e-8)
+
+
+def test_rounding_of_a_null_space_in_single_precision_is_no_removal():
+    net, x, y = copy.deepcopy(NET).float(), X[:6].float(), Y[:6]  # 12 directions of 27 are seen
+    q = network_gp(net, (x, y), SOFTMAX, prior_precision=1e-3, structure="dense")
+    assert float(torch.linalg.eigvalsh(q.posterior.site.B).min()) < 0
+    low = torch.tensor([1e-12, 1e-9, 1e-6], dtype=F64)
+    assert bool(q.sweep(low).isfinite().all())
+    assert float(q.spectrum.values.min()) == 0
+
+
+@pytest.mark.parametrize("options", [o for o in KINDS if "outputs" not in o] + [{"structure": "dense"}])
+def test_a_centre_is_what_it_is_from_scratch(options):
+    other = {"network": "map", "map": "network"}[options.get("centre", "network")]
+    q = convert(TAU, options)
+    moved, fresh = q.with_centre(other), convert(TAU, options | {"centre": other})
+    if options.get("structure") != "kronecker":
+        q, moved, fresh = (p.condition(X_NEW, Y_NEW).with_prior_precision(4.0) for p in (q, moved, fresh))
+    for a, b in zip(moved.predict_blocks(TEST), fresh.predict_blocks(TEST), strict=True):
+        assert gap(a, b) < 1e-9 * (1 + b.abs().max())
+    assert moved.log_marginal_likelihood() == pytest.approx(fresh.log_marginal_likelihood(), rel=1e-9)
+    back = moved.with_centre(q.centre).predict(TEST)[0]
+    assert gap(back, q.predict(TEST)[0]) < 1e-9 * (1 + back.abs().max())
+
+
+def test_independent_outputs_keep_their_centre():
+    q = convert(TAU, {"num_inducing": 5, "outputs": "independent"})
+    for call in (lambda: q.with_centre("map"), lambda: q.tuned("leave_one_out", X, Y)):
+        with pytest.raises(dualgp.errors.UnsupportedError, match="convert"):
+            call()
+    assert q.with_centre("network") is q
+    with pytest.raises(dualgp.errors.InputError, match="centre must be"), unchecked():
+        q.with_centre("prior")
+
+
+def test_leaving_one_out_of_a_network_that_has_seen_all_does_not_choose_an_infinite_prior_precision():
+    q = network_gp(REGRESSOR, (X, TARGETS), gaussian(), prior_precision=TAU)
+    at_infinity = q.with_prior_precision(1e8)
+    fit = at_infinity.sweep([1e8], "leave_one_out", X, TARGETS)
+    assert float(fit) == pytest.approx(q.log_likelihood / 30, abs=1e-5)  # the network's fit: nothing is left out
+    tuned, exact = (q.with_centre(c).tuned("leave_one_out", X, TARGETS) for c in ("network", "map"))
+    assert tuned.centre == "network"
+    assert tuned.prior_precision == pytest.approx(exact.prior_precision, rel=1e-6)
+    assert tuned.prior_precision < 1e6
