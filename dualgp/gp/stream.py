@@ -260,7 +260,10 @@ def forget(model: FittedGP, ids: Tensor) -> None:
     if wanted.dtype not in (torch.int64, torch.int32):
         raise InputError(f"ids must be integers, as in memory.ids; got {wanted.dtype}.")
     memory = state.memory.without(state.memory.find(wanted))
-    write(model, _rebuilt(state, memory if len(memory) else None))
+    if not len(memory):  # what comes into it now is a sample of none of `rest`
+        write(model, _rebuilt(replace(state, num_rest=0.0), None))
+        return
+    write(model, _rebuilt(state, memory))
 
 
 def fade(model: FittedGP, factor: float) -> None:

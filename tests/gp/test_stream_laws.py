@@ -237,6 +237,18 @@ def test_to_forget_is_to_take_the_sites_out(name, count):
     check_invariant(gp, 40)
 
 
+def test_when_all_of_memory_is_forgotten_what_comes_into_it_speaks_for_none_of_the_rest():
+    x, y = problem("gaussian")
+    gp = new(memory=8)
+    for rows in torch.arange(30).split(10):
+        gp.update(x[rows], y[rows], **FIXED)
+    assert gp.num_rest == 22
+    gp.forget(gp.memory.ids)
+    assert gp.num_rest == 0
+    gp.update(x[30:], y[30:], **FIXED)
+    assert gp.num_rest == 2
+
+
 def test_a_gaussian_datum_forgotten_was_never_there():
     x, y = problem("gaussian")
     gp, never = new(memory=8), new(memory=8)
