@@ -122,8 +122,8 @@ def _line(top: float) -> tuple[float, float]:
 
 
 def _logsumexp_block(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Centred at log E[S], the integrand falls as e^{2u} to the left, on a line of length v. Where v is large, the line is
-    # centred at log Σ e^m and ends with the Gaussian's own tail, seven deviations away.
+    # Centred at log E[S], the integrand falls as e^{2u} to the left, on a line of length v. Where v is large, the line
+    # is centred at log Σ e^m and ends with the Gaussian's own tail, seven deviations away.
     top = float(var.max()) if var.numel() else 0.0
     wide = top > _WIDE
     centre = torch.logsumexp(mean if wide else mean + 0.5 * var, -1, keepdim=True)
