@@ -17,6 +17,7 @@ NUM_NODES = 20  # error 3e-8 on E log Φ under N(0, 2)
 MANY_NODES = 64  # for integrands that may be narrow beside q, or have kinks
 _MIN_VARIANCE = 1e-12
 _MAX_VARIANCE = 1e3
+_WIDE = 100.0  # the variance from which the log-sum-exp rule's line grows as its root
 _BLOCK = 1 << 19  # numbers held at once by the log-sum-exp rule
 
 
@@ -87,27 +88,53 @@ def _logsumexp_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Return E[log S], its gradient in the means, and its gradient in the variances."""
     shape, c = mean.shape[:-1], mean.shape[-1]
     flat_m, flat_v = mean.detach().reshape(-1, c).double(), var.detach().reshape(-1, c).double().clamp_min(0.0)
+    flat_m, flat_v = flat_m.masked_fill(~flat_v.isfinite(), math.nan), flat_v.nan_to_num(0.0, 0.0, 0.0)
     order = flat_v.amax(-1).argsort()  # blocks of like variance: each takes the line that it needs
-    step = max(1, _BLOCK // (8 * 60 * c))
-    blocks = zip(flat_m[order].split(step), flat_v[order].split(step), strict=True)
+    sizes = _block_sizes(flat_v.amax(-1)[order].tolist(), c)
+    blocks = zip(flat_m[order].split(sizes), flat_v[order].split(sizes), strict=True)
     parts = [_logsumexp_block(m, v) for m, v in blocks]
     back = order.argsort()
     value, d_mean, d_var = (torch.cat(p)[back].to(mean) for p in zip(*parts, strict=True))
     return value.reshape(shape), d_mean.reshape(*shape, c), d_var.reshape(*shape, c)
 
 
+def _block_sizes(tops: list[float], c: int) -> list[int]:
+    """Cut rows, given their greatest variances in ascending order, into blocks of bounded memory."""
+    sizes, at = [], 0
+    while at < len(tops):
+        size = _rows_of_block(tops[at], c)
+        size = min(size, _rows_of_block(tops[min(at + size, len(tops)) - 1], c), len(tops) - at)
+        sizes.append(size)
+        at += size
+    return sizes or [0]
+
+
+def _rows_of_block(top: float, c: int) -> int:
+    lower, upper = _line(top)
+    return max(1, int(_BLOCK / (8 * c * max(60.0, 2.0 * (upper - lower)))))
+
+
+def _line(top: float) -> tuple[float, float]:
+    """Return where the integral begins and ends for variances up to `top`."""
+    if top > _WIDE:
+        return -23.0 - 7.0 * top**0.5, 4.0 + 7.0 * top**0.5
+    return -11.0 - 0.5 * top, 4.0 + 0.5 * top + 6.0 * top**0.5
+
+
 def _logsumexp_block(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Centred at log E[S], the integrand falls as e^{2u} to the left.
-    centre = torch.logsumexp(mean + 0.5 * var, -1, keepdim=True)
+    # Centred at log E[S], the integrand falls as e^{2u} to the left, on a line of length v. Where v is large, the line
+    # is centred at log Σ e^m and ends with the Gaussian's own tail, seven deviations away.
     top = float(var.max()) if var.numel() else 0.0
-    lower, upper = -11.0 - 0.5 * top, 4.0 + 0.5 * top + 6.0 * top**0.5
+    wide = top > _WIDE
+    centre = torch.logsumexp(mean if wide else mean + 0.5 * var, -1, keepdim=True)
+    lower, upper = _line(top)
     u = torch.arange(lower, upper, 0.5, dtype=mean.dtype, device=mean.device)
     shifted = (mean - centre).reshape(-1)
     g, first, second = (t.reshape(*mean.shape, len(u)) for t in _survival(shifted, var.reshape(-1), u))
     product, others = _products(g)
     value = centre.squeeze(-1) + 0.5 * ((-u.exp()).exp() - product).sum(-1)
     # Left of the grid the derivatives still fall only as eᵘ: that tail is a geometric series.
-    tail = 0.5 * math.exp(lower) / math.expm1(0.5) * (mean + 0.5 * var - centre).exp()
+    tail = 0.0 * mean if wide else 0.5 * math.exp(lower) / math.expm1(0.5) * (mean + 0.5 * var - centre).exp()
     d_mean = 0.5 * (others * first).sum(-1).clamp_min(0.0) + tail
     d_var = -0.25 * (others * second).sum(-1) + 0.5 * tail
     return value, d_mean, d_var

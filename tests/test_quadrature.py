@@ -7,6 +7,7 @@ import reference as ref
 import torch
 from toys import F64, at, gap
 
+from dualgp import quadrature
 from dualgp.quadrature import expectation, expected_logsumexp, expected_softmax, gauss_hermite, hermite_points
 
 MEAN, VAR = at(-1.0, 0.0, 0.7, 3.0), at(0.3, 2.0, 1.0, 0.1)
@@ -117,3 +118,47 @@ def test_softmax_of_huge_variance_stays_a_probability():
     f = mean + var.sqrt() * torch.randn(100_000, 4, 3, dtype=F64)
     assert gap(probs.sum(-1), torch.ones(4)) < 1e-12
     assert gap(probs, f.softmax(-1).mean(0)) < 0.03
+
+
+@pytest.mark.parametrize("top", [50.0, 99.0, 101.0, 1e3, 1e4, 1e5])
+def test_logsumexp_of_two_classes_at_large_variances(top):
+    # E[log(e^a + e^b)] = E[a] + E[softplus(b − a)], here with b − a ~ N(δ, s²), s² = 4/3 top
+    mean, var = at(0.0, 3.0).requires_grad_(), at(top, top / 3.0).requires_grad_()
+    s, mu = (4.0 / 3.0 * top) ** 0.5, 3.0
+    x = torch.linspace(-40.0, 40.0, 400_000, dtype=F64)  # without the jump at 0
+    density = (-0.5 * ((x - mu) / s).square()).exp() / (s * (2 * math.pi) ** 0.5)
+    below = 0.5 * math.erfc(-mu / s / 2**0.5)  # P(d > 0)
+    kink = mu * below + s / (2 * math.pi) ** 0.5 * math.exp(-0.5 * (mu / s) ** 2)  # E[max(d, 0)]
+    soft = (-x.abs()).exp().log1p()  # softplus(d) − max(d, 0)
+    value = kink + torch.trapezoid(soft * density, x)
+    in_mean = below + torch.trapezoid(-x.sign() * torch.sigmoid(-x.abs()) * density, x)
+    in_var = 0.5 * torch.trapezoid(torch.sigmoid(x) * torch.sigmoid(-x) * density, x)
+    found = expected_logsumexp(mean, var)
+    d_mean, d_var = torch.autograd.grad(found, (mean, var))
+    assert gap(found.detach(), value) < 1e-7 * max(1.0, float(value))
+    assert gap(d_mean, torch.stack([1.0 - in_mean, in_mean])) < 1e-6
+    assert gap(d_var, in_var.expand(2)) < 1e-6
+
+
+def test_logsumexp_holds_no_more_at_large_variances(monkeypatch):
+    sizes, survival = [], quadrature._survival
+
+    def watched(t, var, u):
+        sizes.append(t.numel() * u.numel())
+        return survival(t, var, u)
+
+    monkeypatch.setattr(quadrature, "_survival", watched)
+    g = torch.Generator().manual_seed(0)
+    var = 2e3 * torch.rand(120, 5, generator=g, dtype=F64) ** 4
+    assert expected_logsumexp(torch.zeros_like(var), var).isfinite().all()
+    assert max(sizes) <= quadrature._BLOCK / 8
+    # As the root of the variance, not as the variance:
+    sizes.clear()
+    expected_logsumexp(at(0.0, 0.0), at(1e6, 1.0))
+    assert max(sizes) < 1e5
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_variance_that_is_not_finite_spoils_its_own_row_only(bad):
+    found = expected_logsumexp(torch.zeros(2, 2, dtype=F64), torch.tensor([[bad, 1.0], [1.0, 1.0]], dtype=F64))
+    assert found.isnan().tolist() == [True, False]

@@ -153,6 +153,11 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     unknown = data.params.keys() - {"noise"}
     if unknown and settings.capacity > 0:
         raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
+    if state.memory is not None and state.memory.data.params.keys() != data.params.keys():
+        raise InputError(
+            f"Data in memory came with {sorted(state.memory.data.params) or 'nothing'} per datum, this batch with "
+            f"{sorted(data.params) or 'nothing'}; pass noise= with every batch, or with none."
+        )
     hyper = model._hyper(kernel, state.basis.inducing_points, False, True) if learn_hyperparameters else None
     if hyper is not None and not hyper.trained():
         hyper = None
@@ -260,6 +265,9 @@ def forget(model: FittedGP, ids: Tensor) -> None:
     if wanted.dtype not in (torch.int64, torch.int32):
         raise InputError(f"ids must be integers, as in memory.ids; got {wanted.dtype}.")
     memory = state.memory.without(state.memory.find(wanted))
+    # New data take the places left free whatever their keys: each datum left stands for as many in `rest` as before.
+    held, left = (float(m.data.all_weights().sum()) for m in (state.memory, memory))
+    state = replace(state, num_rest=state.num_rest * left / max(held, 1e-300))
     write(model, _rebuilt(state, memory if len(memory) else None))
 
 

@@ -6,7 +6,12 @@ import functools
 import pytest
 import torch
 from families import softmax
-from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood, PoissonLikelihood
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    FixedNoiseGaussianLikelihood,
+    PoissonLikelihood,
+    StudentTLikelihood,
+)
 from toys import F64, gaussian, line, put, rbf, unchecked, waves
 
 from dualgp import DualGP, errors
@@ -157,6 +162,14 @@ def test_noise_where_it_belongs():
     both("GaussianLikelihood takes no noise= per datum", lambda gp: gp.update(X[:6], Y[:6], noise=ONES))
     both("pass noise=", lambda gp: gp.update(X[:6], Y[:6]), noise_per_datum)
     refused(_begun(noise_per_datum, True), "pass noise=", lambda gp: gp.condition(X[:6], Y[:6]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_noise_with_some_batches_only(first):
+    gp = DualGP(rbf(), StudentTLikelihood().double(), num_inducing=4)
+    gp.update(X[:6], Y[:6], **({"noise": ONES} if first else {}))
+    match = r"came with \['noise'\]" if first else r"this batch with \['noise'\]"
+    refused(gp, match, lambda gp: gp.update(X[:6], Y[:6], **({} if first else {"noise": ONES})))
 
 
 @pytest.mark.parametrize("move", [True, False])

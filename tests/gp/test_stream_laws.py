@@ -237,6 +237,19 @@ def test_to_forget_is_to_take_the_sites_out(name, count):
     check_invariant(gp, 40)
 
 
+@pytest.mark.parametrize("count", [2, 8])
+def test_when_memory_is_forgotten_each_datum_left_stands_for_as_many_as_before(count):
+    x, y = problem("gaussian")
+    gp = new(memory=8)
+    for rows in torch.arange(30).split(10):
+        gp.update(x[rows], y[rows], **FIXED)
+    assert gp.num_rest == 22
+    gp.forget(gp.memory.ids[:count])
+    assert gp.num_rest == 22 * (8 - count) / 8
+    gp.update(x[30:], y[30:], **FIXED)  # new data take the places of those that are gone
+    assert gp.num_rest == 22 * (8 - count) / 8 + 10 - count
+
+
 def test_a_gaussian_datum_forgotten_was_never_there():
     x, y = problem("gaussian")
     gp, never = new(memory=8), new(memory=8)
