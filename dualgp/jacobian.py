@@ -187,6 +187,10 @@ class JacobianBasis(Basis):
             return self
         return JacobianBasis(self.jacobian, self.prior_precision, self._span.grown(x), coupled=self.coupled)
 
+    def first(self, size: int) -> JacobianBasis:
+        """Return the basis of the first coordinates only: a grown one as it was before."""
+        return JacobianBasis(self.jacobian, self.prior_precision, self._span.first(size), coupled=self.coupled)
+
     def carry(self, site: Site, new: Basis) -> Site:
         """Return a site on this basis as one under another prior precision τ', w = √(τ/τ') w', or on a grown basis.
 

@@ -53,6 +53,11 @@ class Span:
         at_Z = self.at_Z.matmul(directions).double()  # J_Z v [M, C, k]
         return self.W.double().mT @ (at_Z.movedim(1, 0) if self.W.ndim == 3 else at_Z.flatten(0, 1))
 
+    def first(self, size: int) -> Span:
+        """Return the span of the first coordinates: this one before it grew."""
+        W, Phi = (None if t is None else t[..., :size] for t in (self.W, self.Phi))
+        return replace(self, W=W, Phi=Phi)
+
     def grown(self, x: Tensor) -> Span:
         """Return the span with what the outputs at x see besides: its first r coordinates are the present ones.
 

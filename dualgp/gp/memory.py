@@ -156,10 +156,12 @@ def choose(rule: Rule, candidates: Candidates, capacity: int) -> Tensor:
     if n <= capacity:
         return torch.arange(n, device=candidates.ids.device)
     score = rule(candidates)
-    if not isinstance(score, Tensor) or score.shape != (n,) or not bool(score.isfinite().all()):
+    if not isinstance(score, Tensor) or score.shape != (n,):
         raise InputError(
             f"A memory rule must return one finite score per datum, shape ({n},); got "
             f"{tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__}."
         )
+    if not bool(score.isfinite().all()):
+        raise InputError(f"A memory rule must return finite scores; {int((~score.isfinite()).sum())} of {n} are not.")
     order = score.flip(0).argsort(descending=True, stable=True)[:capacity]
     return (n - 1 - order).sort().values

@@ -24,7 +24,7 @@ from dualgp.gp.data import Data, check_inputs, check_training_data, check_weight
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
 from dualgp.gp.fitted import FittedGP
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.memory import Memory, Rule, check_rule
+from dualgp.gp.memory import RULES, Memory, Rule, check_rule
 from dualgp.gp.minibatch import Batches, TensorBatches
 from dualgp.gp.progress import Progress
 from dualgp.gp.start import workable_kernel
@@ -356,7 +356,7 @@ class DualGP(FittedGP):
         if capacity is None:
             capacity = max(100, 2 * limit, 40 * (self.num_outputs or 1))
         rule = check_rule("recency" if self.window else self.memory_rule)
-        fair = self.memory_rule == "random" and self.window is None
+        fair = rule is RULES["random"]
         return Settings(limit, capacity, rule, fair, move_inducing, self.window is not None, tol)
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ class FunctionPosterior(Protocol):
         """Return mean [n, C] and *parametric* covariance [n, C, C] of f(x): the part that sites can change."""
 
 
+@runtime_checkable
+class HasPosterior(Protocol):
+    """A model around such a posterior: a fitted `DualGP`, a `NetworkPosterior`."""
+
+    @property
+    def posterior(self) -> Any:
+        """The posterior."""
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A run of data in float64: mean [n, C], V [n, C, C], and of the sites α [n, C] and B [n, C, C]."""
@@ -42,21 +51,27 @@ class Block:
 
 
 @torch.no_grad()
-def blocks_of(q: FunctionPosterior, x: Tensor, sites: Sites) -> Iterator[Block]:
+def blocks_of(q: FunctionPosterior | HasPosterior, x: Tensor, sites: Sites) -> Iterator[Block]:
     """Yield the data a block at a time, so that no more than a few million numbers of C × C blocks are held.
 
     Raises:
         InputError: if sites and inputs are not of the same n ≥ 1 data of one process.
     """
     check_sites(x, sites)
+    posterior: FunctionPosterior = bare(q)
     step = max(1, _NUMBERS // sites.lam.shape[-1] ** 2) if sites.multi_output else _NUMBERS
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        mean, V = q.function_blocks(x[rows])
+        mean, V = posterior.function_blocks(x[rows])
         lam, B = (t.to(V) for t in as_matrices(sites[rows]))
         if B.shape != V.shape:
             raise InputError(f"The posterior has {V.shape[-1]} outputs, the sites {B.shape[-1]}.")
         yield Block(rows, mean, V, lam - (B @ mean.unsqueeze(-1)).squeeze(-1), B)
+
+
+def bare(q: Any) -> Any:
+    """Return the `Posterior` inside a model that has one (`DualGP`, `NetworkPosterior`), anything else as it is."""
+    return getattr(q, "posterior", q)
 
 
 def as_matrices(sites: Sites) -> tuple[Tensor, Tensor]:
@@ -93,6 +108,7 @@ def limit_of(q: object, max_hat: float | None) -> float:
     """
     if max_hat is not None:
         return max_hat
+    q = bare(q)
     return 1.0 - torch.finfo(q.basis.dtype).eps ** 0.5 if isinstance(q, Posterior) else 0.99
 
 

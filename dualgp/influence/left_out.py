@@ -16,7 +16,9 @@ from dualgp.duals import check_targets, expected_log_prob, num_outputs_of
 from dualgp.errors import InputError, NotPositiveDefiniteError
 from dualgp.influence.blocks import (
     FunctionPosterior,
+    HasPosterior,
     as_matrices,
+    bare,
     blocks_of,
     by_output,
     check_sites,
@@ -70,7 +72,7 @@ class LeftOut:
 
 
 def leave_one_out(
-    q: FunctionPosterior,
+    q: FunctionPosterior | HasPosterior,
     x: Tensor,
     y: Tensor,
     sites: Sites,
@@ -89,7 +91,7 @@ def leave_one_out(
     HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
 
     Args:
-        q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
+        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`.
         x: inputs, [n, D] or [n, *input_shape].
         y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
@@ -118,6 +120,7 @@ def leave_one_out(
         (0.0, 1.0)
     """
     check_sites(x, sites)
+    q = bare(q)
     y, params = _targets(likelihood, y, sites, params)
     limit = limit_of(q, max_hat)
     parts = []
@@ -132,7 +135,7 @@ def leave_one_out(
 
 
 def leave_group_out(
-    q: Posterior[Basis],
+    q: Posterior[Basis] | HasPosterior,
     x: Tensor,
     y: Tensor,
     sites: Sites,
@@ -146,7 +149,7 @@ def leave_group_out(
     that is larger than the coordinates of the basis, the sites are taken out there instead; both are exact.
 
     Args:
-        q: a `Posterior` that holds the sites (`gp.posterior` of a DualGP).
+        q: a `Posterior` that holds the sites, or the model around it.
         x: inputs, [n, D] or [n, *input_shape].
         y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
@@ -174,6 +177,7 @@ def leave_group_out(
         tensor([1.0000, 1.0000], dtype=torch.float64)
     """
     check_sites(x, sites)
+    posterior: Posterior[Basis] = bare(q)
     y, params = _targets(likelihood, y, sites, params)
     members = [_check_group(group, number, len(x)).to(x.device) for number, group in enumerate(groups)]
     if not members:
@@ -181,7 +185,7 @@ def leave_group_out(
     parts = []
     with torch.no_grad():
         for number, index in enumerate(members):
-            mean, cov, hat = _without(q, x[index], sites[index], number)
+            mean, cov, hat = _without(posterior, x[index], sites[index], number)
             parts.append((mean, cov, hat.expand(len(index)), torch.full_like(index, number)))
     mean, cov, hat, group = (torch.cat(part) for part in zip(*parts, strict=True))
     index = torch.cat(members)
@@ -226,7 +230,7 @@ def mislabelled(left_out: LeftOut, count: int | None = None) -> Ranking:
 
 
 @torch.no_grad()
-def _covariance(q: FunctionPosterior, x: Tensor, V: Tensor) -> Tensor:
+def _covariance(q: FunctionPosterior | HasPosterior, x: Tensor, V: Tensor) -> Tensor:
     """All of the covariance of f(x), [n, C, C]: V and the residual, if there is one."""
     return q.predict_blocks(x)[1].double() if isinstance(q, Posterior) and q.basis.has_residual else V
 

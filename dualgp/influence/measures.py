@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dualgp.basis import Basis
 from dualgp.errors import InputError
-from dualgp.influence.blocks import FunctionPosterior, blocks_of, by_output, check_sites, limit_of, warn_capped
+from dualgp.influence.blocks import (
+    FunctionPosterior,
+    HasPosterior,
+    blocks_of,
+    by_output,
+    check_sites,
+    limit_of,
+    warn_capped,
+)
 from dualgp.influence.formulas import Order
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
@@ -19,14 +27,14 @@ from dualgp.sites import Sites
 AnyBasis = TypeVar("AnyBasis", bound=Basis)
 
 
-def leverage(q: FunctionPosterior, x: Tensor, sites: Sites) -> Float[Tensor, "n"]:
+def leverage(q: FunctionPosterior | HasPosterior, x: Tensor, sites: Sites) -> Float[Tensor, "n"]:
     """Return tr(B_i V_i) of every datum in float64: how many degrees of freedom it takes.
 
     The sum over all data is the effective number of parameters, tr(B P⁻¹). If the site is in the posterior and
     log-concave, a leverage lies in [0, 1) for one output, in [0, C) for several.
 
     Args:
-        q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
+        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`.
         x: inputs, [n, D] of a Gaussian process, [n, *input_shape] of a network.
         sites: the sites of the n data.
 
@@ -46,7 +54,7 @@ def leverage(q: FunctionPosterior, x: Tensor, sites: Sites) -> Float[Tensor, "n"
     return terms.sum(-1) if sites.multi_output else terms
 
 
-def leverage_by_class(q: FunctionPosterior, x: Tensor, sites: Sites) -> Tensor:
+def leverage_by_class(q: FunctionPosterior | HasPosterior, x: Tensor, sites: Sites) -> Tensor:
     """Return diag(B_i V_i) of every datum, [n, C] ([n] for one output): the terms whose sum over C is the leverage.
 
     A term can be negative where outputs are coupled; for log-concave likelihoods the sum cannot. Arguments and errors
@@ -86,7 +94,12 @@ class Sensitivity:
 
 
 def sensitivity(
-    q: FunctionPosterior, x: Tensor, sites: Sites, *, order: Order = "removal", max_hat: float | None = None
+    q: FunctionPosterior | HasPosterior,
+    x: Tensor,
+    sites: Sites,
+    *,
+    order: Order = "removal",
+    max_hat: float | None = None,
 ) -> Sensitivity:
     """Return how the mean and variance of f_i shift when datum i is removed.
 
@@ -95,7 +108,7 @@ def sensitivity(
     datum at the same hyperparameters.
 
     Args:
-        q: a `Posterior` (`gp.posterior` of a DualGP) or a `DiagonalPosterior`.
+        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`.
         x: inputs, [n, D] or [n, *input_shape].
         sites: the sites of the n data.
         order: "first" where q's precision does not contain the sites, as with an optimiser's preconditioner.

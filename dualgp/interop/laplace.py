@@ -260,4 +260,4 @@ def _data(jacobian: NetworkJacobian, source: Source, likelihood: Likelihood) -> 
         alpha = laplace_sites(likelihood, batch.y, f).alpha(f)
         pull += jacobian.vjp(batch.x, alpha).double()
         rows.append(rows_of(batch, jacobian.dtype))
-    return pull, Held.of(torch.cat(rows)), sum(map(len, rows))
+    return pull, Held.of(torch.cat(rows), jacobian.num_params), sum(map(len, rows))

@@ -203,7 +203,7 @@ def _accumulate(
     site = centred(basis, site, centre)
     q = Posterior(basis, site) if isinstance(prior, JacobianBasis) else prior.with_site(site)
     seen = torch.cat(rows)
-    return NetworkPosterior(q, likelihood, centre, len(seen), fit, pull, Held.of(seen))
+    return NetworkPosterior(q, likelihood, centre, len(seen), fit, pull, Held.of(seen, basis.size))
 
 
 def _blocks(

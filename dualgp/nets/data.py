@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.duals import check_targets, num_outputs_of, training_params
@@ -135,6 +135,11 @@ def check_batch(likelihood: Likelihood, batch: Batch, num_outputs: int, device: 
     if y.is_complex() or y.dtype == torch.bool or not y.isfinite().all():
         raise InputError(f"Targets must be finite real numbers or integer labels, got {y.dtype}; use y.to(x.dtype).")
     check_targets(likelihood, y)
+    library = type(likelihood).__module__.split(".")[0] in ("gpytorch", "dualgp")
+    known = {"noise"} if isinstance(likelihood, FixedNoiseGaussianLikelihood) else set()
+    unknown = sorted(params.keys() - known) if library else []
+    if unknown:
+        raise InputError(f"{type(likelihood).__name__} takes no {unknown[0]}= per datum; leave it out.")
     for name, value in params.items():
         if value.shape != want or not bool((value.isfinite() & (value > 0)).all()):
             raise InputError(f"{name}= must hold positive numbers of shape {want}, got {tuple(value.shape)}.")

@@ -55,42 +55,64 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A multiset of fingerprints: the data that a posterior holds.
+    """A multiset of fingerprints: the data that a posterior holds, and how many coordinates w each was seen through.
 
     Args:
-        keys: fingerprints, ascending and distinct, [u].
+        keys: fingerprints, ascending, [u]; one may stand for several sizes.
+        sizes: how many coordinates w had when the datum was added, [u]: its site acts on those.
         counts: how often each is held, [u].
     """
 
     keys: Int[Tensor, "u"]
+    sizes: Int[Tensor, "u"]
     counts: Int[Tensor, "u"]
 
     @classmethod
-    def of(cls, rows: Tensor) -> Held:
+    def of(cls, rows: Tensor, size: int) -> Held:
         """Return the multiset of these fingerprints [n]."""
-        return cls(*rows.cpu().unique(return_counts=True))
+        keys, counts = rows.cpu().unique(return_counts=True)
+        return cls(keys, torch.full_like(keys, size), counts)
 
-    def add(self, rows: Tensor) -> Held:
-        """Return the multiset with these besides."""
-        return self._plus(Held.of(rows), 1)
+    def add(self, rows: Tensor, size: int) -> Held:
+        """Return the multiset with these besides, whose sites act on so many coordinates."""
+        return self._plus(Held.of(rows, size), 1)
 
-    def remove(self, rows: Tensor) -> Held:
-        """Return the multiset without these.
+    def sizes_of(self, rows: Tensor) -> Int[Tensor, "n"]:
+        """Return how many coordinates the site of each acts on, the most where it is held through several.
 
         Raises:
             InputError: if one is not held, or not so often.
         """
-        taken = Held.of(rows)
-        left = self._plus(taken, -1)
-        if (left.counts < 0).any():
-            bad = torch.isin(rows.cpu(), left.keys[left.counts < 0]).nonzero().flatten()
+        rows = rows.cpu()
+        keys, where, wanted = rows.unique(return_inverse=True, return_counts=True)
+        owner, at = self.keys.unique(return_inverse=True)
+        total = torch.zeros_like(owner).index_add_(0, at, self.counts)
+        found = torch.searchsorted(owner, keys).clamp_max(max(len(owner) - 1, 0))
+        held = total[found] * (owner[found] == keys) if len(owner) else torch.zeros_like(keys)
+        bad = (held < wanted)[where].nonzero().flatten()
+        if len(bad):
             raise InputError(
                 f"{len(bad)} of {len(rows)} data are not in the posterior, or not so often: they were never added, "
                 f"with these targets, or are forgotten already. The first is row {int(bad[0])}."
             )
+        last = torch.searchsorted(self.keys, keys, right=True) - 1  # its greatest size
+        sizes = self.sizes[last][where]
+        for i in (self.counts[last] < wanted).nonzero().flatten().tolist():  # held through several sizes
+            of = self.keys == keys[i]
+            each = self.sizes[of].repeat_interleave(self.counts[of]).flip(0)
+            sizes[where == i] = each[: int(wanted[i])]
+        return sizes
+
+    def remove(self, rows: Tensor) -> Held:
+        """Return the multiset without these. Errors as in `sizes_of`."""
+        sizes, left = self.sizes_of(rows), self
+        for size in sizes.unique().tolist():
+            left = left._plus(Held.of(rows.cpu()[sizes == size], size), -1)
         return left
 
     def _plus(self, other: Held, sign: int) -> Held:
-        keys, where = torch.cat([self.keys, other.keys]).unique(return_inverse=True)
-        counts = torch.zeros_like(keys).index_add_(0, where, torch.cat([self.counts, sign * other.counts]))
-        return Held(keys[counts != 0], counts[counts != 0])
+        pairs = torch.cat([torch.stack([h.keys, h.sizes], -1) for h in (self, other)])
+        both, where = pairs.unique(dim=0, return_inverse=True)
+        counts = torch.zeros_like(both[:, 0]).index_add_(0, where, torch.cat([self.counts, sign * other.counts]))
+        keep = counts != 0
+        return Held(both[keep, 0], both[keep, 1], counts[keep])

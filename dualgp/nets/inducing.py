@@ -36,7 +36,7 @@ def sample_inputs(source: Source, count: int, dtype: torch.dtype, generator: tor
     return kept
 
 
-_NEWS = 1e-3  # nats; what an input that Z does not take in may cost
+NEWS = 1e-3  # nats; what an input that Z does not take in may cost
 _CANDIDATES = 2000
 
 
@@ -62,7 +62,7 @@ def news(basis: JacobianBasis, x: Tensor, beta: float, limit: int) -> Tensor:
     R, rows = R.sum(0), list[int]()
     left = R.diagonal().clone()
     columns = R.new_zeros(0, len(R))
-    while len(rows) < min(limit, len(some)) and 0.5 * beta * float(left.max()) > _NEWS:
+    while len(rows) < min(limit, len(some)) and 0.5 * beta * float(left.max()) > NEWS:
         pivot = int(left.argmax())
         column = (R[pivot] - columns[:, pivot] @ columns) / left[pivot].sqrt()
         left = (left - column.square()).clamp_min(0.0)

@@ -22,7 +22,7 @@ from dualgp.laplace import laplace_sites
 from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
-from dualgp.nets.inducing import news
+from dualgp.nets.inducing import NEWS, news
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
@@ -161,14 +161,37 @@ class NetworkPosterior:
 
         Raises:
             InputError: if one is not in the posterior, and so cannot be left out.
+            UnsupportedError: if Z has grown since by more than those data were seen through.
         """
         x, y, params = self._check(x, y, params)
-        self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
+        self.check_seen(Batch(x, y, params))
         sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
         if not isinstance(self.likelihood, SoftmaxLikelihood):
             shape = (len(x), self.basis.num_outputs)
             y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
         return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
+
+    def check_seen(self, batch: Batch) -> None:
+        """Raise unless checked data are held, and were seen through all coordinates that they act on now.
+
+        Raises:
+            InputError: if one is not held.
+            UnsupportedError: if Z has taken in inputs since that tell more of these data than their sites do.
+        """
+        sizes = self.held.sizes_of(rows_of(batch, self.basis.dtype))
+        old = sizes < self.basis.size
+        if isinstance(self.posterior, StructuredPosterior) or not bool(old.any()):
+            return
+        x, before = batch.x[old.to(batch.x.device)], int(sizes.min())
+        beta = float(self.sites_at(*Batch(batch.x, batch.y, batch.params)[:2], **batch.params).beta.max())
+        for _, features in self.basis.blocks(x):
+            beside = features.phi[..., before:].double().square().sum(-1)
+            if 0.5 * beta * float(beside.max()) > NEWS:
+                raise UnsupportedError(
+                    f"{int(old.sum())} data were added before Z grew, and their sites do not act on all that it sees "
+                    "of them now, so they cannot be left out one by one. Convert all data anew, or use "
+                    "condition(..., grow=0)."
+                )
 
     def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
@@ -194,9 +217,9 @@ class NetworkPosterior:
         x, y, params = self._check(x, y, params)
         if not len(x):
             return self
-        held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype))
         sites = self.sites_at(x, y, **params)
         posterior = self._grown(x, float(sites.beta.max()), grow).add(x, sites)
+        held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype), posterior.basis.size)
         return self._with(posterior, len(x), self._log_prob(x, y, params), held)
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
@@ -208,8 +231,14 @@ class NetworkPosterior:
             InputError: if one is not in the posterior (never added with this target, or forgotten already).
         """
         x, y, params = self._check(x, y, params)
-        held = self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
-        posterior = self.posterior.remove(x, self.sites_at(x, y, **params))
+        if not len(x):
+            return self
+        rows = rows_of(Batch(x, y, params), self.basis.dtype)
+        sizes, held = self.held.sizes_of(rows), self.held.remove(rows)
+        sites, posterior = self.sites_at(x, y, **params), self.posterior
+        for size in sizes.unique().tolist():
+            of = (sizes == size).nonzero().flatten().to(x.device)
+            posterior = _without(posterior, x[of], sites[of.to(sites.lam.device)], size)
         return self._with(posterior, -len(x), -self._log_prob(x, y, params), held)
 
     def add(self, x: Tensor, sites: Sites) -> NetworkPosterior:
@@ -416,6 +445,16 @@ class NetworkPosterior:
     def _class_log_probs(self, x: Tensor, link: Link, num_samples: int, generator: torch.Generator | None) -> Tensor:
         mean, cov = (t.double() for t in self.predict_blocks(x))
         return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
+
+
+def _without(
+    q: Posterior[JacobianBasis] | StructuredPosterior, x: Tensor, sites: Sites, size: int
+) -> Posterior[JacobianBasis] | StructuredPosterior:
+    """Take out sites that act on the first coordinates only: those of data that came before Z grew."""
+    if isinstance(q, StructuredPosterior) or size == q.basis.size:
+        return q.remove(x, sites)
+    before = q.basis.first(size)
+    return Posterior(q.basis, q.site - before.carry(Posterior(before).project(x, sites), q.basis))
 
 
 def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:

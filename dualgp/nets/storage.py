@@ -47,7 +47,8 @@ def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
     tensors |= {f"network.{name}": value for name, value in basis.jacobian.state_dict().items()}
     tensors |= {f"likelihood.{name}": value for name, value in q.likelihood.state_dict().items()}
     tensors["prior_precision"] = torch.as_tensor(q.prior_precision, dtype=torch.float64)
-    tensors |= {"pull": q.pull, "keys": q.held.keys, "counts": q.held.counts, "lam": site.lam}
+    tensors |= {"pull": q.pull, "keys": q.held.keys, "sizes": q.held.sizes, "counts": q.held.counts}
+    tensors["lam"] = site.lam
     if isinstance(q.posterior, StructuredPosterior):
         kept = q.posterior.structure
         blocks = [[key, _describe(block)] for key, block in q.posterior.site.blocks.items()]
@@ -98,7 +99,7 @@ def _build(
         jacobian, tau if tau.ndim else float(tau), span, float(config["rank_tol"]), coupled=bool(config["coupled"])
     )
     device = jacobian.device
-    lam, held = tensors["lam"].to(device), Held(tensors["keys"], tensors["counts"])
+    lam, held = tensors["lam"].to(device), Held(tensors["keys"], tensors["sizes"], tensors["counts"])
     posterior: Posterior[JacobianBasis] | StructuredPosterior
     if config["structure"] is None:
         posterior = Posterior(basis, Site(lam, tensors["B"].to(device)))
@@ -107,7 +108,7 @@ def _build(
         made = {tuple(key): _curvature(i, about, tensors, device) for i, (key, about) in enumerate(blocks)}
         structure = Structure(kind, bool(separate_bias), int(dense_limit))
         posterior = StructuredPosterior(basis, StructuredSite(lam, made), structure)
-    if tensors["pull"].shape != (jacobian.num_params,) or held.keys.shape != held.counts.shape:
+    if tensors["pull"].shape != (jacobian.num_params,) or not held.keys.shape == held.sizes.shape == held.counts.shape:
         raise InputError("The file's tensors have shapes that do not fit.")
     if config["centre"] not in ("network", "map"):
         raise InputError(f"The file's centre is {config['centre']!r}.")

@@ -72,6 +72,8 @@ class Task:
                 batch = check_batch(q.likelihood, batch, q.basis.num_outputs, q.basis.device)
                 q.basis.check_inputs(batch.x)
                 rows_seen.append(rows_of(batch, q.basis.dtype))
+                if self.method == "leave_one_out":
+                    q.check_seen(batch)
                 for rows, sweep in q.spectrum.blocks(batch.x, factors):
                     part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
                     scored, over = zip(*self._score(part, sweep), strict=True)
@@ -80,7 +82,7 @@ class Task:
                     bar.update(len(part.x))
         seen = torch.cat(rows_seen)
         if self.method == "leave_one_out":
-            q.held.remove(seen)  # raises if one cannot be left out
+            q.held.sizes_of(seen)  # raises if one was counted twice
             at = torch.cat(capped, -1)[total.argmax()]  # the rest is not chosen
             warn_capped(at, limit_of(q.posterior, None))
         return total / len(seen)

@@ -32,7 +32,7 @@ def test_bits_are_spread():
 
 def test_a_multiset_counts():
     a, b = torch.tensor([5, 3, 5, 9]), torch.tensor([3, 3, 1])
-    held = Held.of(a).add(b)
+    held = Held.of(a, 7).add(b, 7)
     assert held.keys.tolist() == [1, 3, 5, 9]
     assert held.counts.tolist() == [1, 3, 2, 1]
     left = held.remove(torch.tensor([3, 5, 3, 3]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, X, Y, gap, gaussian
 
-from dualgp import JacobianBasis, Posterior, errors, network_gp
+from dualgp import JacobianBasis, Posterior, errors, leave_one_out, leverage, network_gp
 from dualgp.kernels import NetworkJacobian
 
 OPTIONS = [
@@ -71,3 +71,47 @@ def test_a_site_does_not_cross_to_inputs_that_were_not_grown():
     other = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=4)
     with pytest.raises(errors.BasisMismatchError):
         q.posterior.rebase(other.basis)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_data_that_came_before_z_grew_are_forgotten_as_they_were_seen(options):
+    """Their sites act on the coordinates that there were: more would take out what was never added."""
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, **options)
+    grown = q.condition(X_NEW * 3.0, Y_NEW)
+    assert grown.basis.size > q.basis.size
+    order = grown.forget(X[:12], Y[:12]), q.forget(X[:12], Y[:12]).condition(X_NEW * 3.0, Y_NEW, grow=0)
+    narrow = order[0].forget(X_NEW * 3.0, Y_NEW)
+    skip = int(q.centre == "map")  # whose mean sees more of the prior's pull than before
+    less = q.forget(X[:12], Y[:12])
+    assert same(narrow.predict_blocks(TEST)[skip:], less.predict_blocks(TEST)[skip:], 1e-8)
+    assert order[1].num_data == order[0].num_data
+    everything = grown.forget(torch.cat([X_NEW * 3.0, X]), torch.cat([Y_NEW, Y]))
+    assert float(everything.posterior.site.B.abs().max()) < 1e-9
+    with pytest.raises(errors.InputError, match="not in the posterior"):
+        narrow.forget(X[:1], Y[:1])
+
+
+def test_leaving_out_data_that_z_sees_more_of_since_is_refused():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=2).condition(X_NEW * 3.0, Y_NEW)
+    with pytest.raises(errors.UnsupportedError, match="before Z grew"):
+        q.leave_one_out(X, Y)
+    assert q.leave_one_out(X_NEW * 3.0, Y_NEW).nlpd > 0
+    with pytest.raises(errors.UnsupportedError, match="before Z grew"):
+        q.tuned("leave_one_out", X, Y)
+
+
+def test_a_datum_held_through_several_sizes_is_forgotten_from_the_last():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=3)
+    twice = q.condition(X_NEW[:1] * 3.0, Y_NEW[:1], grow=0).condition(X_NEW[:1] * 3.0, Y_NEW[:1])
+    once = twice.forget(X_NEW[:1] * 3.0, Y_NEW[:1])
+    assert same(once.predict_blocks(TEST), q.condition(X_NEW[:1] * 3.0, Y_NEW[:1], grow=0).predict_blocks(TEST), 1e-8)
+    both = twice.forget(X_NEW[:1].repeat(2, 1) * 3.0, Y_NEW[:1].repeat(2))
+    assert same(both.predict_blocks(TEST), q.predict_blocks(TEST), 1e-8)
+
+
+def test_measures_take_the_model_itself():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU)
+    assert torch.equal(leverage(q, X, q.sites_at(X, Y)), leverage(q.posterior, X, q.sites_at(X, Y)))
+    assert float(leave_one_out(q, X, Y, q.sites_at(X, Y), SOFTMAX).nll) > 0
+    with pytest.raises(errors.InputError, match="takes no noise="):
+        q.condition(X_NEW, Y_NEW, noise=torch.ones(len(Y_NEW)))
