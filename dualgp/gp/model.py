@@ -276,7 +276,7 @@ class DualGP(FittedGP):
     def fade(self, factor: float) -> None:
         """Forget by a factor: the likelihood of everything seen so far is raised to this power, in [0, 1].
 
-        Called before every update it makes old data count less and less (exponential forgetting).
+        Called after every update it makes old data count less and less (exponential forgetting).
         """
         stream.fade(self, factor)
 
