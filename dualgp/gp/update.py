@@ -165,7 +165,7 @@ def find_sites(state: State, likelihood: Likelihood, data: Data, start: Sites | 
     """Return the E-step on `data`, beside what is forgotten; `start` are their sites so far."""
     begin = None
     if start is not None:
-        begin = Posterior(state.basis, state.rest).add(data.x, start), start
+        begin = assembled(state.basis, state.rest, data.x, start), start
     return e_step(Source(state.basis, data), likelihood, begin, base=state.rest, tol=tol)
 
 
@@ -175,7 +175,7 @@ class _Evaluation(NamedTuple):
 
 
 def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, settings: Settings) -> State:
-    """Move hyperparameters by an M-step on the hybrid bound; return prior + rest there (without memory).
+    """Move hyperparameters by an M-step on the hybrid bound; return the state there, with the sites as they were.
 
     `hyper` is changed in place, and takes the state's Z. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
     """
@@ -201,7 +201,7 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
         if sample is not None and state.memory is not None:
             noise = noise._replace(power=noise.power + float(sample.change(residuals(hyper, state.memory.data.x))))
         noise = noise.under(float(hyper.likelihood.noise.detach().sum()))
-    return replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise)
+    return replace(state, posterior=assembled(basis, rest, data.x, sites), rest=rest, noise=noise)
 
 
 def fair_sample(state: State, hyper: Hyper, sites: Sites) -> Sample | None:
@@ -223,12 +223,25 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
     gone = new.without(keep)
     rest, noise, num_rest = state.rest, state.noise, state.num_rest
     if len(gone) and not settings.window:
+        gone = replace(gone, sites=without_negative(gone.sites, state.posterior, gone.data.x))
         rest = rest + state.posterior.project(gone.data.x, gone.sites)
         num_rest += float(gone.data.all_weights().sum())
         if noise is not None:
             noise = forget_into(noise, basis, gone)
     memory = new.rows(keep) if len(keep) else None
     return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
+
+
+def without_negative(sites: Sites, q: Posterior, x: Tensor) -> Sites:
+    """Return the sites with β = 0 and λ = α where β < 0, as may be of outliers: what is forgotten must stay a Gaussian.
+
+    A negative β stands against the β of the data around it. In `rest` it would be read at other hyperparameters, at
+    another Z, without those of them that are in memory, and could leave no Gaussian at all.
+    """
+    if not bool((sites.beta < 0).any()):
+        return sites
+    m = q.predict(x)[0].double()
+    return Sites(torch.where(sites.beta < 0, sites.alpha(m), sites.lam), sites.beta.clamp_min(0.0), sites.multi_output)
 
 
 def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
@@ -254,5 +267,9 @@ def forget_into(noise: Noise, basis: InducingBasis, gone: Memory) -> Noise:
 
 def assemble(basis: InducingBasis, rest: Site, memory: Memory | None) -> Posterior:
     """Return prior + rest + sites of memory."""
-    q = Posterior(basis, rest)
-    return q if memory is None else q.add(memory.data.x, memory.sites)
+    return Posterior(basis, rest) if memory is None else assembled(basis, rest, memory.data.x, memory.sites)
+
+
+def assembled(basis: InducingBasis, rest: Site, x: Tensor, sites: Sites) -> Posterior:
+    """Return prior + rest + sites at x, which must be a Gaussian; rest alone need not be, where β < 0 is possible."""
+    return Posterior(basis, rest + Posterior(basis).project(x, sites))

@@ -286,7 +286,10 @@ class NetworkPosterior:
             )
         basis = self.basis
         site: Any = self.posterior.site
-        pull = basis.coordinates(basis.whiten(self.pull) - basis.whitened_theta)  # Φᵀ(Jᵀα/√τ − √τθ*)
+        pull = basis.coordinates(basis.whiten(self.pull))  # ΦᵀJᵀα/√τ, of data that were seen through so many of w:
+        if not isinstance(self.posterior, StructuredPosterior) and len(self.held.sizes):
+            pull[int(self.held.sizes.min()) :] = 0.0
+        pull = pull - basis.coordinates(basis.whitened_theta)  # − √τΦᵀθ*
         site = dataclasses.replace(site, lam=site.lam + (pull if centre == "map" else -pull))
         q = self.posterior
         q = q.with_site(site) if isinstance(q, StructuredPosterior) else Posterior(basis, site)

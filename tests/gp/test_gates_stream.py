@@ -1,6 +1,7 @@
 """Acceptance values of streams: A2, A8, A9, A15, A17; and the laws of the hybrid bound and of Z as it moves."""
 
 import copy
+import warnings
 
 import gpytorch
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.stats import spearmanr
 from toys import BANANA_Z, F64, at, gap, gaussian, hyper, line, matern, rbf, sines, solve, waves
 
 from dualgp import DualGP, InducingBasis, Posterior, Sites
+from dualgp.errors import ConvergenceWarning
 from dualgp.gp import stream, update
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data
@@ -370,3 +372,26 @@ def test_sorted_and_shuffled_streams_agree(gate, banana):
     gate("sorted − shuffled NLPD", abs(found[0] - found[1]), 0.02)
     gate("NLPD of the sorted stream", found[0], 0.2475)
     gate("NLPD of the shuffled stream", found[1], 0.2475)
+
+
+def test_a_stream_of_outliers_stays_a_gaussian_while_hyperparameters_are_learned():
+    """Student-t: β < 0 far off. What is forgotten keeps none of it, so that it can be read at any θ and Z."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.rand(240, 1, generator=g, dtype=F64) * 10
+    y = (2 * x[:, 0]).sin() + 0.1 * torch.randn(240, generator=g, dtype=F64)
+    y[::7] += 6.0 * torch.randn(len(y[::7]), generator=g, dtype=F64)
+    likelihood = gpytorch.likelihoods.StudentTLikelihood().double()
+    likelihood.deg_free, likelihood.noise = 3.0, 0.04
+    gp = DualGP(matern(), likelihood, num_inducing=15, memory=30, memory_rule="leverage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for part in torch.arange(240).split(20):
+            gp.update(x[part], y[part])
+    state = stream.read(gp)
+    assert torch.linalg.eigvalsh(state.rest.B).min() > -1e-9
+    assert gp.sites_at(x, y).beta.min() < 0
+    q = Posterior(state.basis, state.rest)
+    sites = Sites(at(1.0, 2.0), at(-1.0, 3.0))
+    kept = update.without_negative(sites, q, x[:2])
+    assert torch.equal(kept.beta, at(0.0, 3.0))
+    assert gap(kept.lam, torch.stack([sites.alpha(q.predict(x[:2])[0])[0], at(2.0).squeeze()])) < 1e-12

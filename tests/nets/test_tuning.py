@@ -64,7 +64,7 @@ def test_another_prior_precision_is_a_conversion_at_it(options):
 def test_a_sweep_scores_each_as_it_scores_itself(options):
     q = convert(TAU, options)
     if options.get("structure") is None:
-        q = q.condition(X_NEW, Y_NEW)
+        q = q.condition(X_NEW, Y_NEW, grow=0)
     x, y = (X, Y) if options.get("structure") else (torch.cat([X, X_NEW]), torch.cat([Y, Y_NEW]))
     evidence = q.sweep(GRID)
     held_back = q.sweep(GRID, "validation", TEST, Y_TEST)
