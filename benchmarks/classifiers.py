@@ -12,7 +12,6 @@ import argparse
 import copy
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,5 +155,6 @@ def auroc(outside: Tensor, inside: Tensor) -> float:
 
 def mean_se(values: Sequence[float], digits: int = 3) -> list[str]:
     """Return the mean over seeds and its standard error, as cells."""
-    se = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return [f"{statistics.mean(values):.{digits}f}", f"{se:.{digits}f}"]
+    v = torch.tensor(values, dtype=torch.float64)
+    se = v.std() / len(v) ** 0.5 if len(v) > 1 else math.nan
+    return [f"{v.mean():.{digits}f}", f"{se:.{digits}f}"]
