@@ -29,12 +29,10 @@ def draw(low, high, n):
     return x, (2 * x).sin() + 0.3 * x + NOISE * torch.randn_like(x)
 
 
-(x_left, y_left), (x_right, y_right) = draw(-3.0, -1.0, 60), draw(1.0, 3.0, 60)
-X, y = torch.cat([x_left, x_right]), torch.cat([y_left, y_right])
+X, y = (torch.cat(parts) for parts in zip(draw(-3.0, -1.0, 60), draw(1.0, 3.0, 60), strict=True))
 X_new, y_new = draw(-0.8, 0.8, 12)
 X_gap, y_gap = draw(-0.9, 0.9, 200)
-X_old, y_old = torch.cat([draw(-3.0, -1.0, 100)[0], draw(1.0, 3.0, 100)[0]]), None
-y_old = (2 * X_old).sin() + 0.3 * X_old + NOISE * torch.randn_like(X_old)
+X_old, y_old = (torch.cat(parts) for parts in zip(draw(-3.0, -1.0, 100), draw(1.0, 3.0, 100), strict=True))
 
 # %%
 # Train. Nothing here knows of what comes later.
