@@ -15,10 +15,11 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from dualgp.errors import InputError, UnsupportedError
+from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError
 from dualgp.influence import LeftOut, leave_one_out
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
+from dualgp.linalg import symmetrise
 from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
@@ -30,7 +31,7 @@ from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
 from dualgp.nets.tuning import Method
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
-from dualgp.sites import Sites
+from dualgp.sites import Site, Sites
 
 Centre = Literal["network", "map"]
 
@@ -266,7 +267,7 @@ class NetworkPosterior:
             moved = q.with_site(site).rebase(basis)
             return dataclasses.replace(self, posterior=moved.with_site(centred(basis, moved.site, self.centre)))
         site = self.basis.carry(site, basis)
-        return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
+        return dataclasses.replace(self, posterior=_gaussian(basis, centred(basis, site, self.centre)))
 
     def with_centre(self, centre: Centre) -> NetworkPosterior:
         """Return the posterior with the mean of the other centre, as if converted with it; exactly, without the data.
@@ -458,6 +459,17 @@ def _without(
         return q.remove(x, sites)
     before = q.basis.first(size)
     return Posterior(q.basis, q.site - before.carry(Posterior(before).project(x, sites), q.basis))
+
+
+def _gaussian(basis: JacobianBasis, site: Site) -> Posterior[JacobianBasis]:
+    """The posterior of a site that was scaled up, and with it the rounding of its null space: taken for zero."""
+    try:
+        return Posterior(basis, site)
+    except NotPositiveDefiniteError:
+        values, vectors = torch.linalg.eigh(symmetrise(site.B))
+        if values.min() < -basis.size * torch.finfo(basis.dtype).eps * values.max():
+            raise
+        return Posterior(basis, Site(site.lam, symmetrise((vectors * values.clamp_min(0.0)) @ vectors.mT)))
 
 
 def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:

@@ -190,3 +190,15 @@ def test_leaving_one_out_of_a_network_that_has_seen_all_does_not_choose_an_infin
     assert tuned.centre == "network"
     assert tuned.prior_precision == pytest.approx(exact.prior_precision, rel=1e-6)
     assert tuned.prior_precision < 1e6
+
+
+@pytest.mark.parametrize("options", [{"structure": "dense"}, {"num_inducing": 8}])
+def test_a_network_in_single_precision_goes_to_any_prior_precision(options):
+    """Scaled up by 10⁶ with it, the rounding of B's null space outweighs the prior: it is taken for zero."""
+    net, x = copy.deepcopy(NET).float(), X.float()
+    q = network_gp(net, (x, Y), SOFTMAX, prior_precision=1.0, **options)
+    wide = q.with_prior_precision(1e-6)
+    fresh = network_gp(net, (x, Y), SOFTMAX, prior_precision=1e-6, **options)
+    assert gap(wide.predict_likelihood(x).probs, fresh.predict_likelihood(x).probs) < 0.02
+    with pytest.raises(dualgp.errors.NotPositiveDefiniteError):  # no rounding: more was removed than was there
+        q.remove(x, 1.01 * q.sites_at(x, Y)).with_prior_precision(1e-6)
