@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import gc
 import multiprocessing
 import os
 import time
@@ -94,8 +95,11 @@ def network(width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def peak() -> float:
-    """The largest resident memory of this process so far, in MB."""
+def peak(*, reset: bool = False) -> float:
+    """The largest resident memory of this process, in MB, so far or since the last reset."""
+    if reset:
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
@@ -116,7 +120,8 @@ def measure(fit: Fit, width: int, to: Connection) -> None:
     X, test = (torch.randn(n, D, generator=generator) for n in (N, T))
     y, net = torch.randint(C, (N,), generator=generator), network(width)
     fit(copy.deepcopy(net), X[:64], y[:64])(test[:64])
-    base = peak()
+    gc.collect()
+    base = peak(reset=True)
     nets = [copy.deepcopy(net) for _ in range(3)]
     fit_s, predict = timed(lambda: fit(nets.pop(), X, y))
     fit_mb = peak() - base

@@ -63,6 +63,9 @@ sphinx_gallery_conf = {
     "plot_gallery": "True",
 }
 
+# What a class has from a base of this package is its own; what it has from torch and Python is not.
+AUTOCLASS = ["   :members:", "   :inherited-members: Module, tuple, ABC, Generic", "   :show-inheritance:"]
+
 
 def public_api() -> str:
     """The names in ``dualgp.__all__`` as autodoc directives, grouped by where they are defined."""
@@ -88,7 +91,7 @@ def public_api() -> str:
         lines += [f"## {home}", "", title if title != home else "", "", "```{eval-rst}"]
         for kind, name in groups[home]:
             lines += [f".. {kind}:: {name}"]
-            lines += ["   :members:", "   :show-inheritance:"] if kind == "autoclass" else []
+            lines += AUTOCLASS if kind == "autoclass" else []
             lines += [""]
         lines += ["```", ""]
     return "\n".join(lines)

@@ -47,12 +47,19 @@ def greedy_variance(
     n = x.shape[-2]
     if not 1 <= num_inducing <= n:
         raise InputError(f"num_inducing must be between 1 and the {n} inputs given, got {num_inducing}.")
-    kernel = frozen_copy(kernel)  # in float64, as the inputs will be
+    return greedy_rows(frozen_copy(kernel), x, num_inducing, given, tol)
+
+
+@torch.no_grad()
+def greedy_rows(kernel: Kernel, x: Tensor, num_inducing: int, given: Tensor | None, tol: float) -> Int[Tensor, "m"]:
+    """Return what `greedy_variance` does, for a kernel that is in float64 already; of a batch the first."""
+    x = _first(x, 2)
     residual = _first(kernel_diagonal(kernel, x), 1).clone()
     floor = tol * residual.max()
     known = 0 if given is None else given.shape[-2]
-    factor = residual.new_zeros(known + num_inducing, n)
+    factor = residual.new_zeros(known + num_inducing, x.shape[-2])
     if given is not None and known:
+        given = _first(given, 2)
         L, _ = psd_cholesky(_first(prior_covariance(kernel, given), 2), 1e-10)
         cross = _first(cross_covariance(kernel, given, x, torch.float64), 2)
         factor[:known] = torch.linalg.solve_triangular(L, cross, upper=False)

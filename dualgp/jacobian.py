@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dualgp.basis import Basis, Features
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
-from dualgp.linalg import GramSum, eigenpairs_above, row_chunks, symmetrise, tri_inverse, whiten
+from dualgp.linalg import row_chunks
 from dualgp.sites import Site
+from dualgp.spans import Span, coupled_span, independent_span
 
 Precision: TypeAlias = float | int | Tensor
 Outputs: TypeAlias = Literal["coupled", "independent"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Span:
-    """The directions of weight space that w spans, whatever the scale of the prior.
-
-    φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output; L⁻ᵀ
-    where no direction is cut), or φ = J where both are None.
-    """
-
-    jacobian: NetworkJacobian
-    rank_tol: float = 0.0
-    Z: Tensor | None = None
-    at_Z: JacobianBlock | None = None
-    W: Tensor | None = None
-    Phi: Tensor | None = None
-
-    def phi(self, rows: JacobianBlock) -> Tensor:
-        """φ of rows, [n, C, r], or [C, n, r] output by output."""
-        if self.Phi is not None:
-            return rows.matmul(self.Phi)
-        if self.W is None or self.at_Z is None:
-            return rows.dense()
-        if self.W.ndim == 3:
-            return rows.gram_independent(self.at_Z) @ self.W
-        K = rows.gram(self.at_Z).flatten(2)
-        return whiten(K.flatten(0, 1), self.W.mT).view(K.shape) if self._triangular else K @ self.W
-
-    @cached_property
-    def _triangular(self) -> bool:
-        return self.W is not None and self.W.shape[-1] == self.W.shape[-2] and torch.equal(self.W, self.W.triu())
 
 
 class JacobianBasis(Basis):
@@ -72,7 +42,7 @@ class JacobianBasis(Basis):
     num_outputs: int
 
     def __init__(
-        self, jacobian: NetworkJacobian, prior_precision: Precision, span: _Span, *, coupled: bool = True
+        self, jacobian: NetworkJacobian, prior_precision: Precision, span: Span, *, coupled: bool = True
     ) -> None:
         self.jacobian = jacobian
         self.prior_precision = prior_precision
@@ -96,7 +66,7 @@ class JacobianBasis(Basis):
         Raises:
             InputError: if a prior precision is not positive and finite.
         """
-        return cls(jacobian, prior_precision, _Span(_relative(jacobian, prior_precision)))
+        return cls(jacobian, prior_precision, Span(_relative(jacobian, prior_precision)))
 
     @classmethod
     @torch.no_grad()
@@ -136,7 +106,7 @@ class JacobianBasis(Basis):
         if not _check_inputs(jacobian, Z):
             raise InputError("Z must hold at least one input.")
         tol = max(rank_tol, 10 * torch.finfo(jacobian.dtype).eps)
-        span = (_coupled_span if outputs == "coupled" else _independent_span)(relative, Z.detach().clone(), tol)
+        span = (coupled_span if outputs == "coupled" else independent_span)(relative, Z.detach().clone(), tol)
         return cls(jacobian, prior_precision, span, coupled=outputs == "coupled")
 
     @property
@@ -205,14 +175,29 @@ class JacobianBasis(Basis):
         outputs: Outputs = "coupled" if self.coupled else "independent"
         return JacobianBasis.at_inputs(self.jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
 
+    @torch.no_grad()
+    def grown(self, x: Tensor) -> JacobianBasis:
+        """Return the basis that sees what the outputs at x see as well; this one where w are all the weights.
+
+        The present coordinates come first in it, so that nothing is lost: `carry` fills sites up with zeros.
+        """
+        if not self.has_residual:
+            return self
+        return JacobianBasis(self.jacobian, self.prior_precision, self._span.grown(x), coupled=self.coupled)
+
     def carry(self, site: Site, new: Basis) -> Site:
-        """Return a site on this basis as one under another prior precision τ': w = √(τ/τ') w', exactly.
+        """Return a site on this basis as one under another prior precision τ', w = √(τ/τ') w', or on a grown basis.
 
         Raises:
-            BasisMismatchError: unless `new` is this basis `with_prior_precision`, with the directions of this one.
+            BasisMismatchError: unless `new` is this basis `with_prior_precision` or `grown`, with its directions.
         """
-        if not isinstance(new, JacobianBasis) or new.jacobian is not self.jacobian or new.size != self.size:
-            raise BasisMismatchError("The site is on another network or other inputs; project the data anew.")
+        if not isinstance(new, JacobianBasis) or new.jacobian is not self.jacobian:
+            raise BasisMismatchError("The site is on another network; project the data anew.")
+        more = new.size - self.size
+        if more > 0 and self._span.origin is new._span.origin and torch.equal(self._tau, new._tau):
+            return Site(pad(site.lam, (0, more)), pad(site.B, (0, more, 0, more)))
+        if more:
+            raise BasisMismatchError("The site is on other inputs; project the data anew.")
         factor = (self._tau / new._tau).sqrt()  # w = √(τ/τ') w'
         if self._span is new._span:
             factor = factor[:1]
@@ -248,7 +233,7 @@ class JacobianBasis(Basis):
         if (Phi is not None and (Phi.ndim != 2 or len(Phi) != P)) or (W is not None and Phi is not None):
             raise InputError("Phi does not fit the network.")
         at_Z = None if W is None or Z is None else relative.block(Z)
-        return cls(jacobian, prior_precision, _Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
+        return cls(jacobian, prior_precision, Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
 
     @property
     def whitened_theta(self) -> Tensor:
@@ -270,15 +255,7 @@ class JacobianBasis(Basis):
 
         A factor exp(vᵀ√τ(θ − θ*)) is the linear site (Φᵀv, 0) on w, but for the directions left to the residual.
         """
-        span = self._span
-        if span.Phi is not None:
-            return span.Phi.double().mT @ direction.double()
-        if span.W is None or span.at_Z is None:
-            return direction.double()
-        seen = span.at_Z.matmul(direction.unsqueeze(-1)).squeeze(-1).double()  # J_Z v [M, C]
-        if span.W.ndim == 3:
-            return (span.W.double().mT @ seen.mT.unsqueeze(-1)).squeeze(-1)
-        return span.W.double().mT @ seen.flatten()
+        return self._span.seen(direction.unsqueeze(-1)).squeeze(-1)
 
     def _row_width(self) -> int:
         """Numbers that a datum takes on its way to its features."""
@@ -325,43 +302,3 @@ def _relative(jacobian: NetworkJacobian, prior_precision: Precision) -> NetworkJ
     """J in units of the prior, but for the one factor 1/√τ₀ of all parameters: J diag(√(τ₀/τ))."""
     tau = _per_tensor(jacobian, prior_precision)
     return jacobian if bool((tau == tau[0]).all()) else jacobian.scaled((tau[0] / tau).sqrt())
-
-
-def _coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
-    """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
-    P = jacobian.num_params
-    if len(Z) * jacobian.num_outputs < P:
-        at_Z = jacobian.block(Z)
-        return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram(at_Z).flatten(2).flatten(0, 1), tol))
-    total = GramSum(torch.Size(), P, jacobian.device)
-    for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
-        for _, rows in jacobian.blocks(Z[outer]):
-            J = rows.dense().flatten(0, 1).double()
-            total.add(J, torch.ones_like(J[:, 0]))
-    _, Phi = eigenpairs_above(_checked(total.total()), tol)
-    return _Span(jacobian, tol, Z, Phi=None if Phi.shape[-1] == P else Phi.to(jacobian.dtype))
-
-
-def _independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> _Span:
-    """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
-    at_Z = jacobian.block(Z)
-    return _Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram_independent(at_Z), tol))
-
-
-def _inverse_root(K: Tensor, tol: float) -> Tensor:
-    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64; L⁻ᵀ of K = LLᵀ where all of it is above."""
-    exact = symmetrise(_checked(K.double()))
-    L, info = torch.linalg.cholesky_ex(exact)
-    pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), exact.diagonal(dim1=-2, dim2=-1)
-    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else one eigenvalue is below
-        values = torch.linalg.eigvalsh(exact)
-        if bool((values[..., 0] > tol * values[..., -1]).all()):
-            return tri_inverse(L).mT.to(K.dtype)
-    values, vectors = eigenpairs_above(exact, tol)
-    return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
-
-
-def _checked(K: Tensor) -> Tensor:
-    if not bool((K.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).all()):
-        raise InputError("The network does not depend on its parameters at Z: its Jacobian there is zero.")
-    return K

@@ -18,9 +18,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.distributions import Bernoulli
 
+from dualgp.basis import InducingBasis
 from dualgp.errors import InputError
 from dualgp.gp.memory import Memory
 from dualgp.gp.model import DualGP
+from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
@@ -31,7 +33,7 @@ _FIELD = LinearSegmentedColormap.from_list("dualgp", ["#F0A36B", "#FFFFFF", "#6B
 
 def plot_posterior_1d(
     ax: Axes,
-    model: DualGP | Posterior,
+    model: DualGP | Posterior | NetworkPosterior,
     x: Tensor,
     *,
     data: tuple[Tensor, Tensor] | None = None,
@@ -44,7 +46,7 @@ def plot_posterior_1d(
 
     Args:
         ax: where to draw.
-        model: a fitted `DualGP`, or any `Posterior`, with one input and one output.
+        model: a fitted `DualGP`, a network's posterior or any `Posterior`, with one input and one output.
         x: inputs [T, 1], in increasing order.
         data: (X [n, 1], y [n]) to draw as dots.
         link: increasing function of f to draw instead, say `torch.exp` for a rate: its median and the same quantiles.
@@ -67,13 +69,15 @@ def plot_posterior_1d(
         >>> plt.close(fig)
     """
     q = model.posterior if isinstance(model, DualGP) else model
-    if x.ndim != 2 or x.shape[-1] != 1 or q.basis.batch_shape:
+    several = q.basis.batch_shape or (q.basis.num_outputs or 1) > 1
+    if x.ndim != 2 or x.shape[-1] != 1 or several:
         raise InputError(
             f"plot_posterior_1d draws one function of one input: expected x of shape [T, 1] and a model without batch "
-            f"or outputs, got x {tuple(x.shape)} and batch shape {tuple(q.basis.batch_shape)}."
+            f"or outputs, got x {tuple(x.shape)}, batch shape {tuple(q.basis.batch_shape)} and {q.basis.num_outputs} "
+            "outputs."
         )
     with torch.no_grad():
-        mean, var = q.predict(x)
+        mean, var = (t.reshape(-1) for t in q.predict(x))
     curves = (mean + side * var.sqrt() for side in (0.0, -2.0, 2.0))
     middle, low, high = (_array(c if link is None else link(c)) for c in curves)
     at = _array(x[:, 0])
@@ -84,7 +88,7 @@ def plot_posterior_1d(
     if data is not None:
         X, y = _data(data, 1)
         artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.6, label="data"))
-    if inducing:
+    if inducing and isinstance(q.basis, InducingBasis):
         Z = _array(q.basis.inducing_points[:, 0])
         ticks = Line2D(Z, np.full(len(Z), 0.02), linestyle="", marker="|", color=GREEN, label="inducing inputs Z")
         ticks.set_transform(ax.get_xaxis_transform())  # x in data, y in axes

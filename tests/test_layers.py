@@ -17,7 +17,7 @@ FLOORS: dict[int, set[str]] = {
     0: {"errors"},
     1: {"linalg", "files"},
     2: {"sites", "kernels", "quadrature", "likelihoods"},
-    3: {"duals", "basis", "inducing", "distributed"},
+    3: {"duals", "basis", "inducing", "distributed", "spans"},
     4: {"jacobian", "laplace", "posterior", "predictive"},
     5: {"influence"},
     6: {"gp", "nets", "optim", "transfer"},

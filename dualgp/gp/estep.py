@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from dualgp.posterior import Posterior
 from dualgp.sites import Site, Sites
 
 _MIN_LR = 2.0**-20
+_DEPTH = 5  # steps that Anderson acceleration looks back
 
 
 class EStep(NamedTuple):
@@ -87,9 +90,9 @@ def e_step(
 
     with the duals (α, β_q) taken at the present q. Gaussian likelihoods are exact in one pass. Otherwise ρ = 1 (2/3 for
     softmax: q factorises over the classes, so this is a Jacobi step, whose eigenvalues against the true curvature
-    diag(p) − ppᵀ reach 2). ρ is halved when the bound would fall or the precision lose positivity, as can be where the
-    likelihood is not log-concave, and doubled after a success; no β is clipped, so the fixed point is a stationary
-    point of the ELBO.
+    diag(p) − ppᵀ lie anywhere in [0, 2]; `_Anderson` mixes such steps). ρ is halved when the bound would fall or the
+    precision lose positivity, as can be where the likelihood is not log-concave, and doubled after a success; no β is
+    clipped, so the fixed point is a stationary point of the ELBO.
 
     Args:
         source: data and basis.
@@ -101,13 +104,15 @@ def e_step(
         tol: stop when a pass gains less than `tol` nats per datum.
         max_passes: limit on passes over the data.
 
-    Source: Adam et al. 2021, eq. 18; Khan & Lin 2017.
+    Source: Adam et al. 2021, eq. 18; Khan & Lin 2017; mixing: Walker & Ni 2011, eq. 2.2.
     """
     if source.basis.dtype == torch.float32:  # gains below the rounding of float32 are noise
         tol = max(tol, 1e-6)
     q, made_of = start or (Posterior(source.basis, base), None)
     best: _Visit | None = None
-    lr = longest = 2.0 / 3.0 if isinstance(likelihood, SoftmaxLikelihood) else 1.0
+    factorised = isinstance(likelihood, SoftmaxLikelihood)
+    lr = longest = 2.0 / 3.0 if factorised else 1.0
+    mixing = _Anderson() if factorised else None
     for step in range(1, max_passes + 1):
         visit = _visit(q, made_of, likelihood, source, base)
         if visit.exact:
@@ -120,10 +125,12 @@ def e_step(
             best, lr = visit, min(longest, 2.0 * lr)
         else:
             lr *= 0.5
+            mixing = _Anderson() if factorised else None  # from the best visit on, plain steps first
         if gain < tol * visit.num_data and (gain >= 0 or lr < _MIN_LR):
             last = _advance(best, longest)[:2] if lr == longest else (best.posterior, best.made_of)
             return EStep(*last, best.elbo, step, True, best.num_data)
-        q, made_of, lr = _advance(best, lr)
+        mixed = mixing.mix(best, lr) if mixing is not None else None
+        q, made_of, lr = mixed or _advance(best, lr)
     assert best is not None
     return EStep(best.posterior, best.made_of, best.elbo, max_passes, False, best.num_data)
 
@@ -175,6 +182,54 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     value = float(elbo) if math.isfinite(float(elbo)) else -math.inf
     target = total.site() if base is None else total.site() + base
     return _Visit(q, made_of, value, wanted, target, max(count, 1), exact, constants)
+
+
+class _Anderson:
+    """Anderson acceleration: the affine mixture of the last steps in which their residuals cancel best.
+
+    Residuals (target − site) are measured as q sees them, C⁻¹(r_λ − r_B w̄) and C⁻¹ r_B C⁻ᵀ / √2 with P = CCᵀ: the
+    Fisher metric of (mean, precision). An affine mixture of sites is no convex one: what it gives is judged by its
+    bound on the next visit, and plain steps follow where it was no gain.
+    """
+
+    def __init__(self) -> None:
+        self.visits: list[_Visit] = []
+
+    def mix(self, visit: _Visit, lr: float) -> tuple[Posterior, Sites | None, float] | None:
+        """Take in a visit; return the mixed step, or None where there is nothing to mix or no Gaussian comes of it."""
+        self.visits = [*self.visits[-_DEPTH:], visit]
+        if len(self.visits) < 2:
+            return None
+        residuals = torch.stack([self._residual(v, visit.posterior) for v in self.visits])
+        differences = (residuals[:-1] - residuals[-1]).mT
+        found = torch.linalg.lstsq(differences, -residuals[-1].unsqueeze(-1), driver=_driver(differences)).solution
+        weights = [*found.squeeze(-1).tolist(), 1.0 - float(found.sum())]
+        steps = [(v.posterior.site * (1.0 - lr) + v.target * lr) * w for v, w in zip(self.visits, weights, strict=True)]
+        try:
+            q = Posterior(visit.posterior.basis, functools.reduce(operator.add, steps))
+        except NotPositiveDefiniteError:
+            self.visits = []
+            return None
+        made_of = None
+        if visit.made_of is not None and visit.wanted is not None:
+            parts = [
+                (v.made_of * (1.0 - lr) + v.wanted * lr) * w
+                for v, w in zip(self.visits, weights, strict=True)
+                if v.made_of is not None and v.wanted is not None
+            ]
+            made_of = functools.reduce(operator.add, parts)
+        return q, made_of, lr
+
+    @staticmethod
+    def _residual(visit: _Visit, q: Posterior) -> Tensor:
+        r = visit.target - visit.posterior.site
+        shift = q.chol_inv @ (r.lam - (r.B @ q.mean_w.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
+        return torch.cat([shift.reshape(-1), (q.chol_inv @ r.B @ q.chol_inv.mT).reshape(-1) / 2**0.5])
+
+
+def _driver(matrix: Tensor) -> str:
+    """LAPACK's rank-revealing solver where there is one."""
+    return "gelsd" if matrix.device.type == "cpu" else "gels"
 
 
 def _constants(data: Data, lam: Tensor, beta: Tensor, features: Features) -> Tensor:

@@ -8,6 +8,10 @@ t_old is anchored where it was found: on w_old = L_old⁻¹(u_old − μ_old). A
 
 so that its site is pulled back along T, and E_q[log t_old] loses ½ tr(B cov ε): nothing where Z contains Z_old.
 
+Form U holds the map from u to the f_i of forgotten data at the θ where it was found, and so does not know that their
+residuals r_i = k_ii − φ_iᵀφ_i change with θ: it would shorten lengthscales batch after batch. A fair sample S of all
+that was seen says by how much: E_q[log t_old] loses ½ (n_old / n_S) Σ_S β_i (r_i(θ) − r_i(θ_old)) as well.
+
 Source: form U of Bui et al. 2017 (streaming sparse GPs); the hybrid with sites per datum is this package's own.
 """
 
@@ -66,7 +70,7 @@ class Anchor(NamedTuple):
     def along(self, hyper: Hyper, T: Tensor, shift: Tensor) -> Site:
         """Pull the site back along a map found by `map_from`, under the present noise."""
         site = self.site.pull_back(T, shift)
-        return site if self.noise is None else site * self._power_of(hyper)
+        return site * self.power_of(hyper)
 
     def constant(self, hyper: Hyper, Z: Tensor, T: Tensor, shift: Tensor) -> Tensor:
         """Return what E_q[log t_old] has beside the carried site: λᵀs − ½ sᵀBs − ½ tr(B cov ε), s the shift."""
@@ -77,11 +81,12 @@ class Anchor(NamedTuple):
         if self.noise is None:
             return value
         log_noise = torch.log(2 * torch.pi * hyper.likelihood.noise.double()).sum()
-        return self._power_of(hyper) * (value - 0.5 * self.noise.power) - 0.5 * self.noise.num_data * log_noise
+        return self.power_of(hyper) * (value - 0.5 * self.noise.power) - 0.5 * self.noise.num_data * log_noise
 
-    def _power_of(self, hyper: Hyper) -> Tensor:
-        """Return s = σ₀²/σ²."""
-        assert self.noise is not None
+    def power_of(self, hyper: Hyper) -> Tensor | float:
+        """Return s = σ₀²/σ², the power that the present noise raises the site to; 1 for other likelihoods."""
+        if self.noise is None:
+            return 1.0
         return self.noise.variance / hyper.likelihood.noise.double().sum()
 
     def _holds(self, Z: Tensor) -> bool:
@@ -101,12 +106,32 @@ class Anchor(NamedTuple):
         return K + jitter * torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device)
 
 
+class Sample(NamedTuple):
+    """A fair sample of what is forgotten: the first rows of the data at hand, standing for `scale` times as many.
+
+    Attributes:
+        beta: precisions of their sites where they were found, data last.
+        residual: their r there.
+        scale: n_old / n_S, by weight.
+    """
+
+    beta: Tensor
+    residual: Tensor
+    scale: float
+
+    def change(self, residual: Tensor) -> Tensor:
+        """Return (n_old / n_S) Σ β (r − r_old), given the residuals of all data at hand."""
+        now = residual[..., : self.beta.shape[-1]]
+        return self.scale * (self.beta * (now - self.residual)).sum()
+
+
 class _Terms(NamedTuple):
-    """The parts of the bound: Σ E_q[log p], KL(q ‖ p), and E_q[log t_old]."""
+    """The parts of the bound: Σ E_q[log p], KL(q ‖ p), and E_q[log t_old]; and the residuals of the data."""
 
     fit: Tensor
     kl: Tensor
     old: Tensor
+    residual: Tensor
 
 
 def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = None, scale: float = 1.0) -> Tensor:
@@ -129,13 +154,29 @@ def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = Non
     return scale * terms.fit - terms.kl + hyper.log_prior()
 
 
-def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None) -> Tensor:
+def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor, sample: Sample | None = None) -> Tensor:
     """Return the bound on all that a stream has seen: `data` with its sites, and what is forgotten in `old`.
 
-    Σ E_q[log p(y_i|f_i)] + E_q[log t_old(u)] − KL(q ‖ p) + log p(θ); arguments and errors as in `batch_bound`.
+    Σ E_q[log p(y_i|f_i)] + E_q[log t_old(u)] − KL(q ‖ p) + log p(θ); arguments and errors as in `batch_bound`. Where
+    there is no `sample`, forgotten data are taken to keep their residuals.
     """
     terms = _terms(hyper, data, sites, old, with_old=True)
-    return terms.fit + terms.old - terms.kl + hyper.log_prior()
+    value = terms.fit + terms.old - terms.kl + hyper.log_prior()
+    return value if sample is None else value - 0.5 * old.power_of(hyper) * sample.change(terms.residual)
+
+
+@torch.no_grad()
+def residuals(hyper: Hyper, x: Tensor) -> Tensor:
+    """Return r = k − φᵀφ at inputs x, in float64, data last."""
+    basis = hyper.basis()
+    x, Z = basis.expand(x), basis.expand(basis.inducing_points)
+    phi = _features(hyper, x, Z, basis.L)
+    return kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1)
+
+
+def _features(hyper: Hyper, x: Tensor, Z: Tensor, L: Tensor) -> Tensor:
+    cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
+    return torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
 
 
 def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_old: bool) -> _Terms:
@@ -143,8 +184,7 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
     Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
     x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
     L, _ = psd_cholesky(prior_covariance(hyper.kernel, Z), hyper.jitter)
-    cross = cross_covariance(hyper.kernel, x, Z, hyper.dtype)
-    phi = torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
+    phi = _features(hyper, x, Z, L)
     mu = x.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(x.double())
     site = sites.pull_back(phi, mu)
     carried, T, shift = None, None, None
@@ -156,7 +196,8 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
     w = torch.cholesky_solve(site.lam.unsqueeze(-1), C).squeeze(-1)
     half = torch.linalg.solve_triangular(C, phi.mT, upper=False)
     m = mu + (phi @ w.unsqueeze(-1)).squeeze(-1)
-    v = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1) + half.square().sum(-2)
+    residual = kernel_diagonal(hyper.kernel, x) - phi.square().sum(-1)
+    v = residual + half.square().sum(-2)
     m, v = (m.mT, v.mT) if hyper.num_outputs is not None else (m, v)
     fit = data.weigh(expected_log_prob(hyper.likelihood, data.y, m, v, **data.params)).sum()
     P_inv = torch.cholesky_inverse(C)
@@ -167,4 +208,4 @@ def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_o
         Bw = (carried.B @ w.unsqueeze(-1)).squeeze(-1)
         log_old = (carried.lam * w - 0.5 * w * Bw).sum() - 0.5 * (carried.B * P_inv).sum()
         log_old = log_old + old.constant(hyper, Z, T, shift)
-    return _Terms(fit, kl, log_old)
+    return _Terms(fit, kl, log_old, residual)

@@ -9,21 +9,20 @@ from os import PathLike
 from typing import Any
 
 import torch
-from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from dualgp.basis import InducingBasis
-from dualgp.duals import check_likelihood, dual_parameters, expected_log_prob, has_batch_shape, num_outputs_of
-from dualgp.errors import InputError, NotFittedError, UnsupportedError
+from dualgp.duals import num_outputs_of
+from dualgp.errors import InputError
 from dualgp.gp import storage, stream
+from dualgp.gp.arguments import check_arguments, check_memory
 from dualgp.gp.condition import Conditioned, condition
-from dualgp.gp.data import Data, check_data, check_inputs, check_training_data, check_weights
+from dualgp.gp.data import Data, check_inputs, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
+from dualgp.gp.fitted import FittedGP
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Memory, Rule, check_rule
 from dualgp.gp.minibatch import Batches, TensorBatches
@@ -32,16 +31,10 @@ from dualgp.gp.start import workable_kernel
 from dualgp.gp.stop import Stop
 from dualgp.gp.stream import UpdateResult
 from dualgp.gp.update import Settings
-from dualgp.kernels import check_kernel
 from dualgp.posterior import Posterior
-from dualgp.predictive import log_predictive, predictive_distribution
-from dualgp.sites import Site, Sites
-
-_SITE_BUFFERS = ("site_lam", "site_B", "lam", "beta", *stream.BUFFERS)
-_LIKE_INPUTS = ("memory_x",)  # in the dtype of the user; all else in the buffers stays as it is
 
 
-class DualGP(nn.Module):
+class DualGP(FittedGP):
     """A sparse Gaussian process with any GPyTorch kernel, mean and likelihood: prior plus sites, on M inducing inputs.
 
     `fit` finds the sites by natural gradients, and the hyperparameters and inducing inputs Z by L-BFGS on the bound
@@ -61,7 +54,7 @@ class DualGP(nn.Module):
             themselves.
         jitter: added to K_zz, relative to the mean of its diagonal.
         memory: how many past data a stream keeps, with their sites, to find them anew; twice as many as inducing
-            inputs and 100 at least if None, none if 0. `fit` fills it only if it is given.
+            inputs, 40 for each output and 100 at least if None, none if 0. `fit` fills it only if it is given.
         memory_rule: which data those are: "random" (a fair sample of the stream: nothing pulls the hyperparameters),
             "leverage" (β·v), "sensitivity" (|α|·v), "recency", "balanced" (by class), or a function of
             `dualgp.Candidates` that returns one score per datum.
@@ -104,66 +97,21 @@ class DualGP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_kernel(kernel)
-        check_likelihood(likelihood)
-        if mean is not None and not isinstance(mean, Mean):
-            raise UnsupportedError(f"mean must be a gpytorch.means.Mean or None, got {type(mean).__name__}.")
-        if num_inducing is not None and inducing_points is not None:
-            raise InputError("Give num_inducing or inducing_points, not both.")
-        if num_inducing is not None and num_inducing < 1:
-            raise InputError(f"num_inducing must be at least 1, got {num_inducing}.")
-        fixed = num_outputs_of(likelihood)
-        if fixed is not None and num_outputs not in (None, fixed):
-            raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but num_outputs={num_outputs}.")
-        if num_outputs is not None and fixed is None and has_batch_shape(likelihood):
-            raise UnsupportedError(
-                f"{type(likelihood).__name__} with parameters per output or per datum is not supported for num_outputs="
-                f"{num_outputs}: use MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), or one DualGP each."
-            )
-        if num_outputs is not None and num_outputs < 1:
-            raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
-        if not jitter >= 0:
-            raise InputError(f"jitter must be ≥ 0, got {jitter}.")
-        for name, size in (("memory", memory), ("window", window)):
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
-                raise InputError(f"{name} must be an integer or None, got {size!r}.")
-        if window is not None and (memory is not None or window < 1):
-            raise InputError(f"window must be at least 1 and stand in place of memory; got {window} and {memory}.")
-        if memory is not None and memory < 0:
-            raise InputError(f"memory must be at least 0, got {memory}.")
+        check_arguments(kernel, likelihood, mean, num_inducing, inducing_points, num_outputs, jitter)
+        check_memory(memory, memory_rule, window)
         self.memory_size, self.memory_rule, self.window = memory, memory_rule, window
-        check_rule(memory_rule)
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
         self.num_inducing = num_inducing
-        self.num_outputs = fixed if fixed is not None else num_outputs
+        fixed = num_outputs_of(likelihood)
+        self.num_outputs = num_outputs if fixed is None else fixed
         self.jitter = jitter
         self.result: FitResult | None = None
         self._Z_given = inducing_points is not None
         if inducing_points is not None:
             check_inputs(inducing_points, what="inducing_points")
             inducing_points = inducing_points.detach().clone()
-        self.inducing_points: Tensor | None
-        self.site_lam: Tensor | None
-        self.site_B: Tensor | None
-        self.lam: Tensor | None
-        self.beta: Tensor | None
-        self.rest_lam: Tensor | None
-        self.rest_B: Tensor | None
-        self.memory_x: Tensor | None
-        self.memory_y: Tensor | None
-        self.memory_noise: Tensor | None
-        self.memory_weights: Tensor | None
-        self.memory_lam: Tensor | None
-        self.memory_beta: Tensor | None
-        self.memory_ids: Tensor | None
-        self.memory_keys: Tensor | None
-        self.noise_statistics: Tensor | None
-        self.num_seen: Tensor | None
-        self.register_buffer("inducing_points", inducing_points)
-        for name in _SITE_BUFFERS:
-            self.register_buffer(name, None)
-        self._posterior: Posterior | None = None
+        self._register(inducing_points)
 
     def fit(
         self,
@@ -354,88 +302,6 @@ class DualGP(nn.Module):
         self.posterior.basis.check_inputs(X)
         return condition(self.posterior, self.likelihood, data)
 
-    @property
-    def posterior(self) -> Posterior:
-        """The posterior: an immutable value, in the coordinates of the inducing basis.
-
-        When hyperparameters of kernel or mean have been set by hand since, the data's site on u = f(Z) is read under
-        the new prior (form U); the sites per datum are then dropped, since they no longer sum to it.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
-        if self._posterior is None:
-            if self.site_lam is None or self.site_B is None:
-                raise NotFittedError("This DualGP has no posterior yet: call fit(X, y) or load a fitted one.")
-            with torch.inference_mode(False):  # it outlives the caller's context
-                self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
-        elif not self._posterior.basis.is_of(self.kernel, self.mean):
-            stream.rebase(self, self._posterior, self._basis())
-        return self._posterior
-
-    @property
-    def sites(self) -> Sites:
-        """(λ, β) of every training datum, in the order given; posterior = prior + Σ sites.
-
-        Raises:
-            NotFittedError: before `fit`, or after a fit on a loader, which keeps no data: use `sites_at`.
-        """
-        if self.site_lam is not None:
-            _ = self.posterior
-        if self.lam is None or self.beta is None:
-            raise NotFittedError(
-                "No sites per datum are kept: the model is not fitted, was fitted on a loader, is a stream (see "
-                "memory.sites), or its hyperparameters were set by hand since. Call fit(X, y) on tensors, or ask "
-                "sites_at(X, y)."
-            )
-        return Sites(self.lam, self.beta, self.num_outputs is not None)
-
-    def forward(self, x: Tensor) -> MultivariateNormal:
-        """Return the joint Gaussian of f(x), as GPyTorch's models do (see `Posterior.predict_joint`)."""
-        return self.predict_joint(x)
-
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the latent f(x), each [*batch, T] or [*batch, T, C]."""
-        return self.posterior.predict(self._inputs(x))
-
-    def predict_joint(self, x: Tensor) -> MultivariateNormal:
-        """Return the joint Gaussian of f(x); multitask for C outputs."""
-        return self.posterior.predict_joint(self._inputs(x))
-
-    def sample(self, x: Tensor, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return joint draws of f(x), [S, *batch, T] or [S, *batch, T, C]."""
-        return self.posterior.sample(self._inputs(x), num_samples, generator=generator)
-
-    def predict_likelihood(self, x: Tensor, **params: Tensor) -> Distribution:
-        """Return p(y|x) as a torch Distribution, elementwise over data (see `predictive_distribution`)."""
-        with torch.no_grad():
-            return predictive_distribution(self.likelihood, *self.predict(x), **params)
-
-    def log_predictive(self, x: Tensor, y: Tensor, **params: Tensor) -> Tensor:
-        """Return log p(yᵢ|xᵢ) with the shape of y, in float64."""
-        data = self._check(x, y, **params)
-        with torch.no_grad():
-            return log_predictive(self.likelihood, data.y, *self.predict(x), **data.params)
-
-    def nlpd(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
-        """Return the mean negative log predictive density, in nats per datum (lower is better)."""
-        return float(-self.log_predictive(x, y, **params).mean())
-
-    def elbo(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
-        """Return Σᵢ E_q[log p(yᵢ|fᵢ)] − KL(q ‖ p) on given data, in nats."""
-        data = self._check(x, y, **params)
-        with torch.no_grad():
-            elp = expected_log_prob(self.likelihood, data.y, *self.predict(x), **data.params)
-        return float(elp.sum() - self.posterior.kl().sum())
-
-    def sites_at(self, x: Tensor, y: Tensor, **params: Tensor) -> Sites:
-        """Return the sites (λ = α + βm, β) that data would have at the present posterior; nothing is added."""
-        data = self._check(x, y, **params)
-        with torch.no_grad():
-            m, v = (t.double() for t in self.predict(x))
-        duals = dual_parameters(self.likelihood, data.y, m, v, **data.params)
-        return Sites(duals.alpha + duals.beta * m, duals.beta, self.num_outputs is not None)
-
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to a safetensors file, atomically: a stream goes on from it to the same last bit.
 
@@ -468,28 +334,6 @@ class DualGP(nn.Module):
         """
         return storage.load(cls, path, kernel, likelihood, mean, memory_rule)
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Take sites and Z of any size: they are made by `fit`, not by the constructor."""
-        for name in ("inducing_points", *_SITE_BUFFERS):
-            value = state.get(prefix + name)
-            here = next((p.device for p in self.parameters()), torch.device("cpu"))
-            setattr(self, name, None if value is None else value.to(here).clone())
-        self._posterior = None
-        super()._load_from_state_dict(state, prefix, *args)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, with the site brought up to hyperparameters set by hand."""
-        if self.site_lam is not None:
-            _ = self.posterior
-        return super().state_dict(*args, **kwargs)
-
-    def _basis(self, kernel: Kernel | None = None, Z: Tensor | None = None) -> InducingBasis:
-        """The basis at a kernel and Z, the model's own unless given."""
-        kernel = self.kernel if kernel is None else kernel
-        Z = self.inducing_points if Z is None else Z
-        assert Z is not None
-        return InducingBasis(kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
-
     def _hyper(self, kernel: Kernel, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool) -> Hyper:
         return Hyper(
             kernel,
@@ -508,9 +352,12 @@ class DualGP(nn.Module):
             limit = self.inducing_points.shape[-2]
         else:
             limit = self.num_inducing or 100
-        capacity = self.window or (max(100, 2 * limit) if self.memory_size is None else self.memory_size)
+        capacity = self.window or self.memory_size
+        if capacity is None:
+            capacity = max(100, 2 * limit, 40 * (self.num_outputs or 1))
         rule = check_rule("recency" if self.window else self.memory_rule)
-        return Settings(limit, capacity, rule, move_inducing, self.window is not None, tol)
+        fair = self.memory_rule == "random" and self.window is None
+        return Settings(limit, capacity, rule, fair, move_inducing, self.window is not None, tol)
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing
@@ -545,24 +392,5 @@ class DualGP(nn.Module):
             if mine is not None and learned is not None:
                 mine.to(hyper.Z.device).load_state_dict(learned.state_dict())
 
-    def _check(self, x: Tensor, y: Tensor, **params: Tensor) -> Data:
-        return check_data(self.likelihood, x, y, self.num_outputs, params)
-
     def _check_batch(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> Data:
         return self._check(x, y, **({} if noise is None else {"noise": noise}))
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        check_inputs(x, num_dims=self.posterior.basis.inducing_points.shape[-1], what="x")
-        return x
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DualGP:
-        """`.to()`, `.double()` and their kin. Sites stay float64; the posterior is rebuilt when next asked for."""
-        if self.site_lam is not None:
-            _ = self.posterior  # brings the site up to hyperparameters set by hand
-        exact = {name: getattr(self, name) for name in _SITE_BUFFERS}
-        self._posterior = None
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            if value is not None and name not in _LIKE_INPUTS:
-                setattr(self, name, value.to(getattr(self, name).device))
-        return self

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KIND = "DualGP"
 GENERATOR = "generator_state"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEYS = {
     "kernel",
     "likelihood",

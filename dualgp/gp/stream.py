@@ -26,11 +26,12 @@ from dualgp.predictive import log_predictive
 from dualgp.sites import Site, Sites
 
 if TYPE_CHECKING:
+    from dualgp.gp.fitted import FittedGP
     from dualgp.gp.model import DualGP
 
 _MEMORY = ("x", "y", "noise", "weights", "lam", "beta", "ids", "keys")
 _MEMORY_BUFFERS = tuple(f"memory_{name}" for name in _MEMORY)
-BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_seen")
+BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_rest", "num_seen")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class UpdateResult:
         )
 
 
-def read(model: DualGP) -> State | None:
+def read(model: FittedGP) -> State | None:
     """Return the state of a model, or None before any data; all that was fitted at once is `rest`."""
     if model.site_lam is None or model.site_B is None:
         return None
@@ -82,7 +83,7 @@ def _under_noise(state: State, variance: float) -> State:
     return _rebuilt(replace(state, rest=state.rest * power, noise=noise), memory)
 
 
-def _as_rest(model: DualGP, q: Posterior) -> State:
+def _as_rest(model: FittedGP, q: Posterior) -> State:
     memory, noise = None, None
     x, y, lam, beta = model.memory_x, model.memory_y, model.memory_lam, model.memory_beta
     ids, keys = model.memory_ids, model.memory_keys
@@ -92,10 +93,11 @@ def _as_rest(model: DualGP, q: Posterior) -> State:
         memory = Memory(data, Sites(lam, beta, model.num_outputs is not None), ids, keys)
     if model.noise_statistics is not None:
         noise = Noise(*model.noise_statistics.tolist())
-    return State(q, q.site, memory, noise, int(model.num_seen or 0))
+    num_rest = float(model.num_rest) if model.num_rest is not None else 0.0
+    return State(q, q.site, memory, noise, num_rest, int(model.num_seen or 0))
 
 
-def write(model: DualGP, state: State, *, owned: bool = False) -> None:
+def write(model: FittedGP, state: State, *, owned: bool = False) -> None:
     """Put a state into the buffers of a model; its modules hold the hyperparameters already.
 
     `owned` says that nobody else changes the modules of the state's basis, so that it need not be built anew.
@@ -113,11 +115,12 @@ def write(model: DualGP, state: State, *, owned: bool = False) -> None:
         model.memory_lam, model.memory_beta = memory.sites.lam, memory.sites.beta
         model.memory_ids, model.memory_keys = memory.ids, memory.keys
     set_noise(model, noise)
+    model.num_rest = torch.tensor(state.num_rest, dtype=torch.float64, device=state.rest.lam.device)
     model.num_seen = torch.tensor(state.num_seen, device=state.rest.lam.device)
     model._posterior = state.posterior if owned else Posterior(model._basis(), state.posterior.site)
 
 
-def set_noise(model: DualGP, noise: Noise | None) -> None:
+def set_noise(model: FittedGP, noise: Noise | None) -> None:
     """Put the noise statistics into their buffer."""
     assert model.site_lam is not None
     device = model.site_lam.device
@@ -150,7 +153,9 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     unknown = data.params.keys() - {"noise"}
     if unknown and settings.capacity > 0:
         raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
-    hyper = model._hyper(kernel, state.basis.inducing_points, False, learn_hyperparameters)
+    hyper = model._hyper(kernel, state.basis.inducing_points, False, True) if learn_hyperparameters else None
+    if hyper is not None and not hyper.trained():
+        hyper = None
     outputs = () if model.num_outputs is None else (model.num_outputs,)
     zero = torch.zeros(*data.x.shape[:-1], *outputs, dtype=torch.float64, device=data.x.device)
     draw = model.generator.get_state()
@@ -159,12 +164,14 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         with torch.no_grad():
             q = state.posterior.predict(data.x)
             foretold = -float(log_predictive(model.likelihood, data.y, *q, **data.params).mean())
-        state, found = update.step(state, hyper, batch, settings)
+        likelihood = model.likelihood if hyper is None else hyper.likelihood
+        state, found = update.step(state, likelihood, hyper, batch, settings)
     except BaseException:
         model.generator.set_state(draw)
         raise
-    model._take_hyperparameters(hyper)
-    write(model, state, owned=not hyper.trained())
+    if hyper is not None:
+        model._take_hyperparameters(hyper)
+    write(model, state, owned=hyper is None)
     return UpdateResult(
         state.num_seen,
         state.basis.num_inducing,
@@ -194,10 +201,10 @@ def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
             "they must agree (move the model with .to)."
         )
     q = Posterior(model._basis(kernel, Z.to(data.x.dtype)))
-    return State(q, q.site, None, noise_of(model), 0)
+    return State(q, q.site, None, noise_of(model), 0.0, 0)
 
 
-def noise_of(model: DualGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
+def noise_of(model: FittedGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
     """Return the statistics that keep a learned noise variance learnable; None for other likelihoods."""
     likelihood = model.likelihood
     if type(likelihood) is not GaussianLikelihood or likelihood.noise.numel() != 1:
@@ -219,18 +226,19 @@ def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
     state = _state(model)
     sites, noise = (model.lam, model.beta), state.noise
     if window:
-        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model)), memory))
+        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model), num_rest=0.0), memory))
         return
     with torch.no_grad():
         rest = state.rest - state.posterior.project(memory.data.x, memory.sites)
     if noise is not None:
         own = update.forget_into(Noise(noise.variance, 0.0, 0.0), state.basis, memory)
         noise = noise._replace(num_data=noise.num_data - own.num_data, power=noise.power - own.power)
-    write(model, replace(state, rest=rest, memory=memory, noise=noise))
+    num_rest = float(state.num_seen - len(memory))
+    write(model, replace(state, rest=rest, memory=memory, noise=noise, num_rest=num_rest))
     model.lam, model.beta = sites
 
 
-def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
+def rebase(model: FittedGP, q: Posterior, basis: InducingBasis) -> None:
     """Read the model under hyperparameters set by hand: rest by form U, memory by form S."""
     if model.rest_lam is None or model.rest_B is None:
         state = replace(_as_rest(model, q), posterior=q.rebase(basis))
@@ -241,7 +249,7 @@ def rebase(model: DualGP, q: Posterior, basis: InducingBasis) -> None:
     write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest), state.memory))
 
 
-def forget(model: DualGP, ids: Tensor) -> None:
+def forget(model: FittedGP, ids: Tensor) -> None:
     """Take data of memory out of the model, exactly."""
     state = _state(model)
     if state.memory is None:
@@ -255,7 +263,7 @@ def forget(model: DualGP, ids: Tensor) -> None:
     write(model, _rebuilt(state, memory if len(memory) else None))
 
 
-def fade(model: DualGP, factor: float) -> None:
+def fade(model: FittedGP, factor: float) -> None:
     """Scale all sites: the likelihood of everything seen so far to the power `factor`."""
     if not 0 <= factor <= 1:
         raise InputError(f"factor must lie in [0, 1], got {factor}: 1 keeps all, 0 forgets all.")
@@ -266,10 +274,11 @@ def fade(model: DualGP, factor: float) -> None:
         memory = replace(memory, data=data, sites=memory.sites * factor)
     if noise is not None:
         noise = noise._replace(num_data=noise.num_data * factor, power=noise.power * factor)
-    write(model, _rebuilt(replace(state, rest=state.rest * factor, noise=noise), memory if factor > 0 else None))
+    state = replace(state, rest=state.rest * factor, noise=noise, num_rest=state.num_rest * factor)
+    write(model, _rebuilt(state, memory if factor > 0 else None))
 
 
-def move_inducing(model: DualGP, inducing_points: Tensor) -> None:
+def move_inducing(model: FittedGP, inducing_points: Tensor) -> None:
     """Put Z elsewhere: `rest` is pulled back, memory expanded anew."""
     state = _state(model)
     if inducing_points.shape[:-2] != state.basis.inducing_points.shape[:-2] or not inducing_points.shape[-2]:
@@ -285,7 +294,7 @@ def _rebuilt(state: State, memory: Memory | None) -> State:
     return replace(state, memory=memory, posterior=update.assemble(state.basis, state.rest, memory))
 
 
-def _state(model: DualGP) -> State:
+def _state(model: FittedGP) -> State:
     _ = model.posterior  # raises where there is none
     state = read(model)
     assert state is not None

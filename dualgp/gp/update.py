@@ -26,11 +26,11 @@ from dualgp.duals import dual_parameters
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
-from dualgp.gp.hybrid import Anchor, Noise, stream_bound
+from dualgp.gp.hybrid import Anchor, Noise, Sample, residuals, stream_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Candidates, Memory, Rule, choose
 from dualgp.gp.mstep import m_step
-from dualgp.inducing import cheapest_to_drop, greedy_variance
+from dualgp.inducing import cheapest_to_drop, greedy_rows
 from dualgp.kernels import kernel_diagonal
 from dualgp.posterior import Posterior
 from dualgp.sites import Site, Sites
@@ -48,6 +48,7 @@ class State:
         rest: the site on w of what is forgotten.
         memory: the data that are not; None before there were any.
         noise: of a Gaussian likelihood, what `rest` says of the noise.
+        num_rest: how many of the data in `rest` memory is a fair sample of, each by its weight.
         num_seen: how many data came by.
     """
 
@@ -55,6 +56,7 @@ class State:
     rest: Site
     memory: Memory | None
     noise: Noise | None
+    num_rest: float
     num_seen: int
 
     @property
@@ -69,6 +71,7 @@ class Settings(NamedTuple):
     max_inducing: int  # M
     capacity: int  # of memory
     rule: Rule
+    fair: bool = True  # whether the rule keeps a fair sample of all data
     move_inducing: bool = True
     window: bool = False  # what leaves memory is taken out
     tol: float = 1e-4  # nats per datum
@@ -76,34 +79,36 @@ class Settings(NamedTuple):
 
 
 @torch.no_grad()
-def step(state: State, hyper: Hyper, batch: Memory, settings: Settings) -> tuple[State, EStep]:
-    """Return the state after a batch (its sites are ignored), and the last E-step. `hyper` is changed in place."""
+def step(
+    state: State, likelihood: Likelihood, hyper: Hyper | None, batch: Memory, settings: Settings
+) -> tuple[State, EStep]:
+    """Return the state after a batch (its sites are ignored), and the last E-step.
+
+    `hyper` is what is learned, changed in place; without it hyperparameters stay. `likelihood` is hyper's own then.
+    """
     if settings.move_inducing:
         room = settings.max_inducing - state.basis.num_inducing + math.ceil(settings.max_inducing / 2)
-        state = grow(state, hyper.likelihood, batch.data, room, settings.tol_growth)
-        hyper.set_inducing(state.basis.inducing_points)
+        state = grow(state, likelihood, batch.data, room, settings.tol_growth)
     data, start = batch.data, None
     if state.memory is not None:
         data = Data.cat([state.memory.data, data])
         start = Sites.cat([state.memory.sites, batch.sites])
-    found = find_sites(state, hyper, data, start, 0.1 * settings.tol)
+    found = find_sites(state, likelihood, data, start, 0.1 * settings.tol)
     assert found.sites is not None
-    if hyper.trained():  # one round per batch: the stream itself is the iteration
+    if hyper is not None:  # one round per batch: the stream itself is the iteration
         state = learn_hyperparameters(state, hyper, data, found.sites, settings)
-        found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+        found = find_sites(state, likelihood, data, found.sites, 0.1 * settings.tol)
     assert found.sites is not None
     all_of_it = Memory(data, found.sites, *_joined(state.memory, batch))
-    state = State(found.posterior, state.rest, all_of_it, state.noise, state.num_seen + len(batch))
+    state = replace(state, posterior=found.posterior, memory=all_of_it, num_seen=state.num_seen + len(batch))
     if settings.move_inducing:
         smaller = shrink(state, settings.max_inducing)
         if smaller is not state:  # the data at hand make up for what Z lost
-            state = smaller
-            hyper.set_inducing(state.basis.inducing_points)
-            found = find_sites(state, hyper, data, found.sites, 0.1 * settings.tol)
+            found = find_sites(smaller, likelihood, data, found.sites, 0.1 * settings.tol)
             assert found.sites is not None
             all_of_it = replace(all_of_it, sites=found.sites)
-            state = replace(state, posterior=found.posterior)
-    return remember(state, all_of_it, hyper.likelihood, settings), found
+            state = replace(smaller, posterior=found.posterior)
+    return remember(state, all_of_it, likelihood, settings), found
 
 
 def _joined(old: Memory | None, batch: Memory) -> tuple[Tensor, Tensor]:
@@ -120,7 +125,7 @@ def move(state: State, basis: InducingBasis) -> State:
     if noise is not None:  # what Z does not hold of u any more is spread that the data did not explain
         lost = (state.rest.B * (torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) - A @ A.mT)).sum()
         noise = noise._replace(power=noise.power + float(lost))
-    return State(assemble(basis, rest, state.memory), rest, state.memory, noise, state.num_seen)
+    return replace(state, posterior=assemble(basis, rest, state.memory), rest=rest, noise=noise)
 
 
 def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float) -> State:
@@ -137,13 +142,11 @@ def grow(state: State, likelihood: Likelihood, data: Data, room: int, tol: float
     room = min(room, len(data))
     if room < 1:
         return state
-    x = data.x.reshape(-1, *data.x.shape[-2:])[0]
-    Z = basis.inducing_points.reshape(-1, *basis.inducing_points.shape[-2:])[0]
     m, v = state.posterior.predict(data.x)
     beta = dual_parameters(likelihood, data.y, m, v, **data.params).beta.max() * data.all_weights().max()
-    largest = kernel_diagonal(basis.kernel, x).max()
-    enough = float(2.0 * tol / (beta * largest).clamp_min(1e-300))
-    rows = greedy_variance(basis.kernel, x, room, given=Z, tol=max(1e-10, enough))
+    largest = kernel_diagonal(basis.kernel, data.x).max()
+    enough = max(1e-10, float(2.0 * tol / (beta * largest).clamp_min(1e-300)))
+    rows = greedy_rows(basis.kernel, data.x, room, basis.inducing_points, enough)
     if not len(rows):
         return state
     return move(state, basis.at(torch.cat([basis.inducing_points, data.x[..., rows, :].to(basis.dtype)], -2)))
@@ -158,12 +161,12 @@ def shrink(state: State, size: int) -> State:
     return move(state, basis.at(basis.inducing_points[..., keep, :]))
 
 
-def find_sites(state: State, hyper: Hyper, data: Data, start: Sites | None, tol: float) -> EStep:
+def find_sites(state: State, likelihood: Likelihood, data: Data, start: Sites | None, tol: float) -> EStep:
     """Return the E-step on `data`, beside what is forgotten; `start` are their sites so far."""
     begin = None
     if start is not None:
         begin = Posterior(state.basis, state.rest).add(data.x, start), start
-    return e_step(Source(state.basis, data), hyper.likelihood, begin, base=state.rest, tol=tol)
+    return e_step(Source(state.basis, data), likelihood, begin, base=state.rest, tol=tol)
 
 
 class _Evaluation(NamedTuple):
@@ -174,28 +177,41 @@ class _Evaluation(NamedTuple):
 def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, settings: Settings) -> State:
     """Move hyperparameters by an M-step on the hybrid bound; return prior + rest there (without memory).
 
-    `hyper` is changed in place; its Z is the state's. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
+    `hyper` is changed in place, and takes the state's Z. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
     """
+    hyper.set_inducing(state.basis.inducing_points)
     anchor = Anchor.of(state.basis, state.rest, state.noise)
+    sample = fair_sample(state, hyper, sites) if settings.fair else None
     parameters = hyper.trained()
 
     def evaluate() -> _Evaluation:
         own = conjugate_sites(hyper, data)
         with torch.enable_grad():
-            value = stream_bound(hyper, data, sites if own is None else own, anchor)
+            value = stream_bound(hyper, data, sites if own is None else own, anchor, sample)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
         gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return _Evaluation(float(value.detach()), gradient)
 
     m_step(hyper, evaluate, max(1, data.count), max_iter=M_ITERATIONS, tol=0.1 * settings.tol, radius=TRUST_RADIUS)
     hyper.round()
-    with torch.no_grad():
-        basis = hyper.basis()
-        rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
+    basis = hyper.basis()
+    rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
     noise = state.noise
     if noise is not None:
+        if sample is not None and state.memory is not None:
+            noise = noise._replace(power=noise.power + float(sample.change(residuals(hyper, state.memory.data.x))))
         noise = noise.under(float(hyper.likelihood.noise.detach().sum()))
-    return State(Posterior(basis, rest), rest, state.memory, noise, state.num_seen)
+    return replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise)
+
+
+def fair_sample(state: State, hyper: Hyper, sites: Sites) -> Sample | None:
+    """Return memory as a sample of all that is forgotten; `sites` begin with its own. None where there is neither."""
+    if state.memory is None or not state.num_rest > 0:
+        return None
+    data = state.memory.data
+    beta = sites.by_latent()[1][..., : len(data)]
+    scale = state.num_rest / float(data.all_weights().sum().clamp_min(1e-300))
+    return Sample(beta, residuals(hyper, data.x), scale)
 
 
 def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settings) -> State:
@@ -205,13 +221,14 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
     if settings.capacity > 0:
         keep = choose(settings.rule, candidates(state.posterior, likelihood, new), settings.capacity)
     gone = new.without(keep)
-    rest, noise = state.rest, state.noise
+    rest, noise, num_rest = state.rest, state.noise, state.num_rest
     if len(gone) and not settings.window:
         rest = rest + state.posterior.project(gone.data.x, gone.sites)
+        num_rest += float(gone.data.all_weights().sum())
         if noise is not None:
             noise = forget_into(noise, basis, gone)
     memory = new.rows(keep) if len(keep) else None
-    return State(assemble(basis, rest, memory), rest, memory, noise, state.num_seen)
+    return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
 
 
 def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:

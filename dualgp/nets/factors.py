@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -156,8 +157,7 @@ class Kronecker(Curvature):
         B = torch.stack([torch.kron(G, A) for G, A in self.terms]).sum(0)
         if not self.bias:
             return B
-        O, I = len(self.terms[0][0]), len(self.terms[0][1])  # noqa: E741
-        grid = torch.arange(O * I, device=B.device).view(O, I)
+        grid = torch.arange(len(B), device=B.device).view(len(self.terms[0][0]), -1)  # [O, I]
         order = torch.cat([grid[:, :-1].flatten(), grid[:, -1]])
         return B[order][:, order]
 
@@ -255,9 +255,15 @@ def kind_of(layer: Layer, structure: str, dense_limit: int) -> type[Curvature]:
 def moments(kind: type[Curvature], layer: Layer, sites: Sites) -> Moments:
     """Return the sums over a block of data that a `Curvature` of this kind is made of, in float64."""
     like = _by_rows(layer)
-    width = like[0].numel() if kind is not Dense and isinstance(layer, FactoredLayer) else like.shape[1] * layer.size
-    parts = [_moments(kind, layer[rows], sites[rows]) for rows in tiles(len(like), width, like)]
-    return tuple(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+    in_factors = isinstance(layer, FactoredLayer) and (kind is Kronecker or layer.a.shape[1] == 1)
+    width = like[0].numel() if in_factors else like.shape[1] * layer.size
+    parts = (_moments(kind, layer[rows], sites[rows]) for rows in tiles(len(like), width, like))
+    return reduce(added, parts)
+
+
+def added(some: Moments, more: Moments) -> Moments:
+    """Return the sums over the data of both."""
+    return tuple(map(torch.add, some, more))
 
 
 def _moments(kind: type[Curvature], layer: Layer, sites: Sites) -> Moments:

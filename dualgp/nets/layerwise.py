@@ -14,7 +14,7 @@ from dualgp.errors import BasisMismatchError, InputError
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
 from dualgp.kernels.layers import Layer
-from dualgp.nets.factors import Curvature, Kronecker, Moments, curvature, kind_of, moments, split_bias
+from dualgp.nets.factors import Curvature, Kronecker, Moments, added, curvature, kind_of, moments, split_bias
 from dualgp.sites import Sites
 
 Key: TypeAlias = tuple[int, ...]  # the parameter tensors of a layer, by their numbers
@@ -96,7 +96,7 @@ class StructuredSum:
             key, kind = layer.tensors, kind_of(layer, self._structure.kind, self._structure.dense_limit)
             new = moments(kind, layer, sites)
             if key in self._sums:
-                new = tuple(map(torch.add, self._sums[key][2], new))
+                new = added(self._sums[key][2], new)
             self._sums[key] = kind, bool(getattr(layer, "bias", False)), new
 
     def site(self) -> StructuredSite:

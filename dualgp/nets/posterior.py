@@ -20,8 +20,9 @@ from dualgp.influence import LeftOut, leave_one_out
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.nets import links, storage, tuning
-from dualgp.nets.data import Batch, Source, check_batch, rows_of
+from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
+from dualgp.nets.inducing import news
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
@@ -121,7 +122,7 @@ class NetworkPosterior:
         if isinstance(self.likelihood, SoftmaxLikelihood):
             log_p = self._class_log_probs(x, link, num_samples, generator)
             return Categorical(logits=log_p.to(self.basis.dtype))
-        mean, var = (self._as_targets(t) for t in self.predict(x))
+        mean, var = (t.squeeze(-1) if t.shape[-1] == 1 else t for t in self.predict(x))
         with torch.no_grad():
             return predictive_distribution(self.likelihood, mean, var, **params)
 
@@ -140,7 +141,7 @@ class NetworkPosterior:
         if isinstance(self.likelihood, SoftmaxLikelihood):
             log_p = self._class_log_probs(x, link, num_samples, generator)
             return log_p.gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
-        mean, var = (self._as_targets(t) for t in self.predict(x))
+        mean, var = (t.reshape(y.shape) for t in self.predict(x))
         with torch.no_grad():
             return log_predictive(self.likelihood, y, mean, var, **params)
 
@@ -165,23 +166,38 @@ class NetworkPosterior:
         self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
         sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
         if not isinstance(self.likelihood, SoftmaxLikelihood):
-            shape = (len(x), self.num_outputs)
+            shape = (len(x), self.basis.num_outputs)
             y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
         return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
 
-    def condition(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
+    def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
+
+        Where w spans what the outputs at Z see, Z takes in those of the new inputs of which it sees too little: without
+        them, new data elsewhere would leave the variance there as it was. Nothing is lost of the old data by that.
 
         The variance is that of a network converted with all data; the mean moves by what the new data pull,
         f(x; θ*) + V(x, X₂)α₂ for centre "network". The prior precision stays, where a loss averaged over data would
         have let it grow with their number.
+
+        Args:
+            x: new inputs [n, *input_shape].
+            y: their targets.
+            grow: how many of x Z may take in; None: half as many as it has and 50 at least; 0: Z stays.
+            params: per-datum parameters, such as `noise` [n].
 
         Raises:
             InputError: for data of the wrong shape, or targets outside the likelihood's support.
 
         Source: Scannell et al. 2024 (SFR), eq. 14, with the mean anchored at the network.
         """
-        return self._with_data(x, y, params, sign=1)
+        x, y, params = self._check(x, y, params)
+        if not len(x):
+            return self
+        held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype))
+        sites = self.sites_at(x, y, **params)
+        posterior = self._grown(x, float(sites.beta.max()), grow).add(x, sites)
+        return self._with(posterior, len(x), self._log_prob(x, y, params), held)
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
         """Return the posterior without these data, exactly: as if their sites at θ* had never been added.
@@ -191,12 +207,14 @@ class NetworkPosterior:
         Raises:
             InputError: if one is not in the posterior (never added with this target, or forgotten already).
         """
-        return self._with_data(x, y, params, sign=-1)
+        x, y, params = self._check(x, y, params)
+        held = self.held.remove(rows_of(Batch(x, y, params), self.basis.dtype))
+        posterior = self.posterior.remove(x, self.sites_at(x, y, **params))
+        return self._with(posterior, -len(x), -self._log_prob(x, y, params), held)
 
     def add(self, x: Tensor, sites: Sites) -> NetworkPosterior:
         """Return the posterior with sites of your own added; the evidence is not known from then on."""
-        count = self.num_data + len(x)
-        return dataclasses.replace(self, posterior=self.posterior.add(x, sites), num_data=count, log_likelihood=None)
+        return self._with(self.posterior.add(x, sites), len(x), None, self.held)
 
     def remove(self, x: Tensor, sites: Sites) -> NetworkPosterior:
         """Return the posterior with sites taken out, whatever data they are of; see `forget`, which checks.
@@ -204,8 +222,7 @@ class NetworkPosterior:
         Raises:
             NotPositiveDefiniteError: if no Gaussian is left.
         """
-        count = self.num_data - len(x)
-        return dataclasses.replace(self, posterior=self.posterior.remove(x, sites), num_data=count, log_likelihood=None)
+        return self._with(self.posterior.remove(x, sites), -len(x), None, self.held)
 
     def with_prior_precision(self, prior_precision: Precision) -> NetworkPosterior:
         """Return the posterior of the same data under another prior, exactly and without the data.
@@ -223,7 +240,10 @@ class NetworkPosterior:
         return dataclasses.replace(self, posterior=Posterior(basis, centred(basis, site, self.centre)))
 
     def with_centre(self, centre: Centre) -> NetworkPosterior:
-        """Return the posterior with the mean of the other centre, as if converted with it; exactly, without the data.
+        """Return the posterior with the mean of the other centre, as if converted with it; without the data.
+
+        Exact, unless Z has grown since (see `condition`): what the converted data pull in its new directions is known,
+        and taken, but not their precision there.
 
         Raises:
             InputError: if it is not "network" or "map".
@@ -259,16 +279,12 @@ class NetworkPosterior:
         """
         if prior_precision is None:
             return float(self.sweep_evidence(torch.ones(1)))
-        if isinstance(prior_precision, Tensor) and prior_precision.ndim:
-            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
-        if isinstance(self.prior_precision, Tensor) and self.prior_precision.ndim:
-            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
         self.basis.with_prior_precision(prior_precision)  # raises where it is no precision
-        return float(
-            self.sweep_evidence(
-                torch.tensor([float(prior_precision) / float(self.prior_precision)], dtype=torch.float64)
-            )
-        )
+        new, old = (torch.as_tensor(tau, dtype=torch.float64) for tau in (prior_precision, self.prior_precision))
+        factor = (new / old).flatten()
+        if bool((factor != factor[0]).any()):
+            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
+        return float(self.sweep_evidence(factor[:1]))
 
     def tuned(
         self,
@@ -304,10 +320,9 @@ class NetworkPosterior:
             >>> q.tuned().log_marginal_likelihood() >= q.log_marginal_likelihood()
             True
         """
-        source = None if data is None and y is None else Source(data, y, self.likelihood)
-        factors = self._factors(torch.logspace(-6, 8, 57, dtype=torch.float64) if grid is None else grid)
-        factor = tuning.best_factor(self, factors, method, source, link, progress)
-        return self.with_prior_precision(factor * self.prior_precision)
+        task = tuning.Task.of(self, method, data, y, link, progress)
+        factors = tuning.factors_of(self, torch.logspace(-6, 8, 57, dtype=torch.float64) if grid is None else grid)
+        return self.with_prior_precision(task.best(factors) * self.prior_precision)
 
     def sweep(
         self,
@@ -320,15 +335,7 @@ class NetworkPosterior:
         progress: bool | None = None,
     ) -> Tensor:
         """Return what each prior precision of a grid [k] scores, in nats, higher is better; arguments as in `tuned`."""
-        source = None if data is None and y is None else Source(data, y, self.likelihood)
-        return tuning.scores(self, self._factors(grid), method, source, link, progress)
-
-    def _factors(self, grid: Tensor | Sequence[float]) -> Tensor:
-        grid = torch.as_tensor(grid, dtype=torch.float64)
-        if grid.ndim != 1 or not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
-            raise InputError(f"grid must hold positive numbers [k], got {grid.tolist()}.")
-        tau = self.prior_precision
-        return grid if isinstance(tau, Tensor) and tau.ndim else grid / float(tau)
+        return tuning.Task.of(self, method, data, y, link, progress).scores(tuning.factors_of(self, grid))
 
     def sweep_evidence(self, factors: Tensor) -> Tensor:
         """Return log Z at these multiples [k] of the prior precision, each in O(rank), in float64.
@@ -377,32 +384,33 @@ class NetworkPosterior:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
         return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
 
-    def _with_data(self, x: Tensor, y: Tensor, params: dict[str, Tensor], sign: int) -> NetworkPosterior:
-        batch = self._check(x, y, params)
-        rows = rows_of(batch, self.basis.dtype)
-        held = self.held.add(rows) if sign > 0 else self.held.remove(rows)
-        sites = self.sites_at(batch.x, batch.y, **batch.params)
-        fit = self.log_likelihood
-        if fit is not None:
-            f = self.basis.jacobian(batch.x)
-            fit += sign * float(links.log_prob(self.likelihood, batch.y, f, **batch.params).sum())
-        return dataclasses.replace(
-            self,
-            posterior=(self.posterior.add if sign > 0 else self.posterior.remove)(batch.x, sites),
-            num_data=self.num_data + sign * len(batch.x),
-            log_likelihood=fit,
-            held=held,
-        )
+    def _grown(self, x: Tensor, beta: float, limit: int | None) -> Posterior[JacobianBasis] | StructuredPosterior:
+        """The posterior with room for new data whose sites have precision β at most: at Z and some of their inputs."""
+        q, Z = self.posterior, self.basis.inducing_inputs
+        if isinstance(q, StructuredPosterior) or Z is None or not self.basis.has_residual:
+            return q
+        rows = news(self.basis, x, beta, max(50, len(Z) // 2) if limit is None else limit)
+        if not len(rows):
+            return q
+        basis = self.basis.grown(x[rows])
+        return Posterior(basis, centred(basis, self.basis.carry(self._data_site(), basis), self.centre))
+
+    def _with(
+        self, posterior: Posterior[JacobianBasis] | StructuredPosterior, count: int, log_prob: float | None, held: Held
+    ) -> NetworkPosterior:
+        known = self.log_likelihood is not None and log_prob is not None
+        fit = self.log_likelihood + log_prob if known else None  # type: ignore[operator]
+        n = self.num_data + count
+        return dataclasses.replace(self, posterior=posterior, num_data=n, log_likelihood=fit, held=held)
+
+    def _log_prob(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> float:
+        return float(links.log_prob(self.likelihood, y, self.basis.jacobian(x), **params).sum())
 
     def _check(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Batch:
         self.basis.check_inputs(x)
         if len(x) != len(y):
             raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
-        return check_batch(self.likelihood, Batch(x, y, params), self.num_outputs, self.basis.device)
-
-    def _as_targets(self, f: Tensor) -> Tensor:
-        """Function values [n, C] in the shape of targets: [n] for one output, unless they are logits of classes."""
-        return f.squeeze(-1) if self.num_outputs == 1 and not isinstance(self.likelihood, SoftmaxLikelihood) else f
+        return check_batch(self.likelihood, Batch(x, y, params), self.basis.num_outputs, self.basis.device)
 
     def _class_log_probs(self, x: Tensor, link: Link, num_samples: int, generator: torch.Generator | None) -> Tensor:
         mean, cov = (t.double() for t in self.predict_blocks(x))

@@ -28,6 +28,7 @@ from dualgp.nets.spectrum import FunctionBlocks, log_evidence
 from dualgp.sites import Sites
 
 Spectra = Mapping[Key, LayerSpectrum | None]
+_BLOCK_BYTES, _MIN_ROWS = 16 << 20, 64  # of a block of rows: more is not faster
 
 
 class StructuredPosterior:
@@ -266,8 +267,12 @@ class StructuredPosterior:
         return StructuredSpectrum(self, self.eigenvalues, *turned)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[slice, JacobianBlock]]:
-        """Yield (data, f and φ = J/√τ by layers) of as many rows at a time as the Jacobian's budget holds."""
-        return self.basis.jacobian.scaled(_tau(self.basis).rsqrt()).blocks(x)
+        """Yield (data, f and φ = J/√τ by layers) of blocks of x of bounded memory."""
+        jacobian = self.basis.jacobian.scaled(_tau(self.basis).rsqrt())
+        step = max(_MIN_ROWS, _BLOCK_BYTES // jacobian.row_bytes)
+        for start in range(0, len(x), step):
+            for rows, phi in jacobian.blocks(x[start : start + step]):
+                yield slice(start + rows.start, start + rows.stop), phi
 
     @property
     def eigenvalues(self) -> Float[Tensor, "P"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, get_args
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
@@ -26,94 +28,110 @@ Method = Literal["evidence", "leave_one_out", "validation"]
 _FINER = 9  # values between the neighbours of the best, twice
 
 
-def scores(
-    q: NetworkPosterior,
-    factors: Float[Tensor, "k"],
-    method: Method,
-    source: Source | None,
-    link: Link = "probit",
-    progress: bool | None = None,
-) -> Float[Tensor, "k"]:
-    """Return what each multiple of the prior precision scores, in nats; higher is better.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a prior precision is scored by.
 
     "evidence": log Z. "validation": the mean log predictive density of the data given. "leave_one_out": the same of
     training data, each without its own site.
+    """
+
+    q: NetworkPosterior
+    method: Method
+    source: Source | None
+    link: Link
+    progress: bool | None
+
+    @classmethod
+    def of(
+        cls, q: NetworkPosterior, method: Method, data: Any, y: Tensor | None, link: Link, progress: bool | None
+    ) -> Task:
+        """Return the task, checked.
+
+        Raises:
+            InputError: if the method is unknown, or its data are missing or were given for none.
+        """
+        if method not in get_args(Method):
+            raise InputError(f"method must be one of {get_args(Method)}, got {method!r}.")
+        given = data is not None or y is not None
+        if given and method == "evidence":
+            raise InputError("Evidence takes no data: it is of those the posterior holds.")
+        if not given and method != "evidence":
+            kind = "those of the training" if method == "leave_one_out" else "held back"
+            raise InputError(f"{method} needs data (x, y): {kind}.")
+        return cls(q, method, Source(data, y, q.likelihood) if given else None, link, progress)
+
+    def scores(self, factors: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+        """Return what each multiple of the prior precision scores, in nats; higher is better."""
+        q = self.q
+        if self.source is None:
+            return q.sweep_evidence(factors)
+        total, rows_seen, capped = torch.zeros_like(factors, device=q.basis.device), [], []
+        disable = None if self.progress is None else not self.progress
+        with tqdm(desc=self.method, unit="row", leave=False, delay=1.0, disable=disable) as bar:
+            for batch in self.source:
+                batch = check_batch(q.likelihood, batch, q.basis.num_outputs, q.basis.device)
+                q.basis.check_inputs(batch.x)
+                rows_seen.append(rows_of(batch, q.basis.dtype))
+                for rows, sweep in q.spectrum.blocks(batch.x, factors):
+                    part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
+                    scored, over = zip(*self._score(part, sweep), strict=True)
+                    total += torch.stack(scored)
+                    capped.append(torch.stack(over))
+                    bar.update(len(part.x))
+        seen = torch.cat(rows_seen)
+        if self.method == "leave_one_out":
+            q.held.remove(seen)  # raises if one cannot be left out
+            chosen = torch.cat(capped, -1)[total.argmax()]  # the others are not taken, whatever they score
+            warn_capped(chosen, limit_of(q.posterior, None))
+        return total / len(seen)
+
+    def best(self, factors: Float[Tensor, "k"]) -> float:
+        """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best.
+
+        To leave one out, the prior is centred at zero whatever the posterior's centre: centred at a network that has
+        seen the datum, it scores log p(y|f(x; θ*)) as τ → ∞, the fit of the training, which no honest score reaches.
+        """
+        if self.method == "leave_one_out" and self.q.centre == "network":
+            return dataclasses.replace(self, q=self.q.with_centre("map")).best(factors)
+        factors = factors.sort().values
+        for _ in range(3):
+            values = self.scores(factors)
+            best = int(values.nan_to_num(nan=-float("inf")).argmax())
+            found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
+            if len(factors) == 1:
+                break
+            factors = torch.linspace(float(around[0]), float(around[-1]), _FINER + 2, dtype=factors.dtype).exp()
+        return found
+
+    def _score(self, batch: Batch, sweep: Iterator[FunctionBlocks]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The sum of the scores at each prior precision, and whose removal was capped."""
+        q, lam, B = self.q, None, None
+        if self.method == "leave_one_out":
+            lam, B = as_matrices(q.sites_at(batch.x, batch.y, **batch.params))
+        for function in sweep:
+            mean, cov = function.mean, function.V + function.residual
+            capped = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
+            if lam is not None and B is not None:
+                alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
+                shift = removal_shift(function.V, alpha, B, max_hat=limit_of(q.posterior, None))
+                mean, cov, capped = mean + shift.mean, cov + shift.cov, shift.capped
+            if isinstance(q.likelihood, SoftmaxLikelihood):
+                log_p = class_log_probs(mean, cov, self.link).gather(-1, batch.y.long().unsqueeze(-1))
+            else:
+                mean, var = (t.reshape(batch.y.shape) for t in (mean, cov.diagonal(dim1=-2, dim2=-1)))
+                log_p = log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
+            yield log_p.sum(), capped
+
+
+def factors_of(q: NetworkPosterior, grid: Tensor | Sequence[float]) -> Float[Tensor, "k"]:
+    """Return the multiples of the prior precision that a grid of prior precisions makes.
 
     Raises:
-        InputError: if the method is unknown, or its data are missing or were given for none.
+        InputError: if it is not a list of positive numbers.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method must be one of {get_args(Method)}, got {method!r}.")
-    if (source is None) != (method == "evidence"):
-        raise InputError(
-            "Evidence takes no data: it is of those the posterior holds."
-            if source is not None
-            else f"{method} needs data (x, y): {'those of the training' if method == 'leave_one_out' else 'held back'}."
-        )
-    factors = factors.double()
-    if source is None:
-        return q.sweep_evidence(factors)
-    total, rows_seen, capped = torch.zeros_like(factors, device=q.basis.device), [], []
-    with tqdm(
-        desc=method, unit="row", leave=False, delay=1.0, disable=None if progress is None else not progress
-    ) as bar:
-        for batch in source:
-            batch = check_batch(q.likelihood, batch, q.num_outputs, q.basis.device)
-            q.basis.check_inputs(batch.x)
-            rows_seen.append(rows_of(batch, q.basis.dtype))
-            for rows, sweep in q.spectrum.blocks(batch.x, factors):
-                part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
-                scored, over = zip(*_score(q, part, sweep, method, link), strict=True)
-                total += torch.stack(scored)
-                capped.append(torch.stack(over))
-                bar.update(len(part.x))
-    seen = torch.cat(rows_seen)
-    if method == "leave_one_out":
-        q.held.remove(seen)  # raises if one cannot be left out
-        warn_capped(torch.cat(capped, -1)[total.argmax()], limit_of(q.posterior, None))  # the rest is not chosen
-    return total / len(seen)
-
-
-def best_factor(
-    q: NetworkPosterior,
-    factors: Float[Tensor, "k"],
-    method: Method,
-    source: Source | None,
-    link: Link = "probit",
-    progress: bool | None = None,
-) -> float:
-    """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best.
-
-    To leave one out, the prior is centred at zero whatever the posterior's centre: centred at a network that has seen
-    the datum, it scores log p(y|f(x; θ*)) as τ → ∞, the fit of the training, which no honest score reaches.
-    """
-    factors = factors.double().sort().values
-    q = q.with_centre("map") if method == "leave_one_out" else q
-    for _ in range(3):
-        values = scores(q, factors, method, source, link, progress)
-        best = int(values.nan_to_num(nan=-float("inf")).argmax())
-        found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
-        if len(factors) == 1:
-            break
-        factors = torch.linspace(float(around[0]), float(around[-1]), _FINER + 2, dtype=factors.dtype).exp()
-    return found
-
-
-def _score(
-    q: NetworkPosterior, batch: Batch, sweep: Iterator[FunctionBlocks], method: Method, link: Link
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sum of the scores at each prior precision, and whose removal was capped."""
-    lam, B = as_matrices(q.sites_at(batch.x, batch.y, **batch.params)) if method == "leave_one_out" else (None, None)
-    for function in sweep:
-        mean, cov = function.mean, function.V + function.residual
-        capped = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
-        if lam is not None and B is not None:
-            alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
-            shift = removal_shift(function.V, alpha, B, max_hat=limit_of(q.posterior, None))
-            mean, cov, capped = mean + shift.mean, cov + shift.cov, shift.capped
-        if isinstance(q.likelihood, SoftmaxLikelihood):
-            log_p = class_log_probs(mean, cov, link).gather(-1, batch.y.long().unsqueeze(-1))
-        else:
-            mean, var = (t.reshape(batch.y.shape) for t in (mean, cov.diagonal(dim1=-2, dim2=-1)))
-            log_p = log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
-        yield log_p.sum(), capped
+    grid = torch.as_tensor(grid, dtype=torch.float64)
+    if grid.ndim != 1 or not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
+        raise InputError(f"grid must hold positive numbers [k], got {grid.tolist()}.")
+    tau = q.prior_precision
+    return grid if isinstance(tau, Tensor) and tau.ndim else grid / float(tau)

@@ -17,7 +17,7 @@ from dualgp.gp import stream, update
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
-from dualgp.gp.hybrid import Anchor, Noise, batch_bound, stream_bound
+from dualgp.gp.hybrid import Anchor, Noise, Sample, batch_bound, residuals, stream_bound
 from dualgp.gp.memory import RULES, Memory
 from dualgp.inducing import cheapest_to_drop, greedy_variance
 
@@ -76,6 +76,31 @@ def test_a2_with_the_noise_and_a_mean_learned_the_evidence_of_all_data_is_the_bo
         bound = stream_bound(model, new, conjugate_sites(model, new), anchor)
         whole = e_step(Source(model.basis(), data), model.likelihood).elbo
         assert gap(bound.detach(), whole) < 1e-8 * abs(whole)
+
+
+def test_a2_with_the_amplitude_learned_a_fair_sample_makes_the_evidence_of_all_data_the_bound():
+    """Under a change of amplitude form U is form S but for the residuals r, which a sample that is all data has."""
+    x, y = sines()
+    model = hyper(rbf(), gaussian(0.2), line(-2, 2, 6))
+    basis = InducingBasis(model.kernel, model.Z.detach())
+    data = Data(x, y, False, weights=torch.cat([torch.zeros(30), torch.ones(20)]).double())
+    old = Data(x[:30], y[:30], False)
+    sites = conjugate_sites(model, old)
+    gone = Memory(old, sites, torch.arange(30), torch.zeros(30, dtype=F64))
+    noise = update.forget_into(Noise(0.2, 0.0, 0.0), basis, gone)
+    anchor = Anchor.of(basis, Posterior(basis).project(old.x, sites), noise)
+    sample = Sample(sites.beta[::3], residuals(model, x[:30:3]), 3.0)  # of a third, each for three …
+    everything = Sample(sites.beta, residuals(model, x[:30]), 1.0)  # … and of all
+    for amplitude in (1.3, 0.4, 5.0):
+        model.kernel.outputscale = at(amplitude)
+        whole = e_step(Source(model.basis(), Data(x, y, False)), model.likelihood).elbo
+        own = conjugate_sites(model, data)
+        assert gap(stream_bound(model, data, own, anchor, everything).detach(), whole) < 1e-8 * abs(whole)
+        if amplitude != 1.3:
+            without = gap(stream_bound(model, data, own, anchor).detach(), whole)
+            third = data.rows(torch.cat([torch.arange(0, 30, 3), torch.arange(30, 50)]))
+            value = stream_bound(model, third, conjugate_sites(model, third), anchor, sample)
+            assert gap(value.detach(), whole) < 0.5 * without
 
 
 # --- A8: leverage -----------------------------------------------------------------------------
@@ -241,13 +266,14 @@ def test_the_bound_of_a_stream_has_the_gradient_of_its_finite_difference(likelih
     model, data, sites, anchor = halves(likelihood, mean)
     if moved:
         model.set_inducing(model.Z.detach()[:7] + 0.05)
+    sample = Sample(sites.beta[:5], residuals(model, data.x[:5]), 7.0)
     start = torch.from_numpy(model.vector())
-    value = stream_bound(model, data, sites, anchor)
+    value = stream_bound(model, data, sites, anchor, sample)
     exact = torch.from_numpy(model.vector_gradient(list(torch.autograd.grad(value, model.trained()))))
 
     def at_vector(vector: torch.Tensor) -> float:
         model.set_vector(vector.numpy())
-        return stream_bound(model, data, sites, anchor).item()
+        return stream_bound(model, data, sites, anchor, sample).item()
 
     assert gap(ref.gradient(at_vector, start, 1e-4), exact) < 1e-5 * (1 + exact.abs().max().item())
 
@@ -314,7 +340,7 @@ def test_growing_is_lossless_and_stops_where_it_pays_no_more():
     grown = update.grow(state, gp.likelihood, Data(x, y, False), 50, 1e-3)
     xs = line(-3, 3, 50)
     bare = update.move(
-        state.__class__(Posterior(state.basis, state.rest), state.rest, None, state.noise, 20), grown.basis
+        state.__class__(Posterior(state.basis, state.rest), state.rest, None, state.noise, 0.0, 20), grown.basis
     )
     for a, b in zip(bare.posterior.predict(xs), Posterior(state.basis, state.rest).predict(xs), strict=True):
         assert gap(a, b) < 1e-6

@@ -147,7 +147,7 @@ def test_the_evidence_of_a_regression_is_that_of_the_gaussian_process_of_its_pse
 @pytest.mark.parametrize("options", KINDS)
 def test_new_data_move_the_mean_by_what_they_pull_and_the_variance_as_if_they_had_been_there(options):
     q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, **options)
-    new = q.condition(X_NEW, Y_NEW)
+    new = q.condition(X_NEW, Y_NEW, grow=0)
     union = (torch.cat([X, X_NEW]), torch.cat([Y, Y_NEW]))
     again = refit(q, *union)
     assert gap(new.predict_blocks(TEST)[1], again.predict_blocks(TEST)[1]) < 1e-10
@@ -158,7 +158,7 @@ def test_new_data_move_the_mean_by_what_they_pull_and_the_variance_as_if_they_ha
         pull = ggn(NET, SOFTMAX, X_NEW, Y_NEW)[1]
         assert gap(new.predict(TEST)[0], update_of(NET, SOFTMAX, *union, pull, TAU, TEST)) < 1e-9
     assert new.num_data == 39
-    assert gap(q.condition(X_NEW, Y_NEW).predict(TEST)[0], new.predict(TEST)[0]) == 0.0
+    assert gap(q.condition(X_NEW, Y_NEW, grow=0).predict(TEST)[0], new.predict(TEST)[0]) == 0.0
     by_sites = q.add(X_NEW, q.sites_at(X_NEW, Y_NEW))
     assert gap(by_sites.predict(TEST)[0], new.predict(TEST)[0]) < 1e-12
 
@@ -166,11 +166,11 @@ def test_new_data_move_the_mean_by_what_they_pull_and_the_variance_as_if_they_ha
 @pytest.mark.parametrize("options", KINDS)
 def test_what_is_added_and_forgotten_leaves_nothing_and_order_is_no_matter(options):
     q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, **options)
-    new = q.condition(X_NEW, Y_NEW)
+    new = q.condition(X_NEW, Y_NEW, grow=0)
     back = new.forget(X_NEW, Y_NEW)
     one_by_one = q
     for i in (3, 8, 0, 1, 7, 2, 6, 4, 5):
-        one_by_one = one_by_one.condition(X_NEW[i : i + 1], Y_NEW[i : i + 1])
+        one_by_one = one_by_one.condition(X_NEW[i : i + 1], Y_NEW[i : i + 1], grow=0)
     less = q.forget(X[20:], Y[20:])
     kept = refit(q, X[:20], Y[:20])
     for a, b in ((back, q), (one_by_one, new)):
@@ -180,6 +180,13 @@ def test_what_is_added_and_forgotten_leaves_nothing_and_order_is_no_matter(optio
         assert a.num_data == b.num_data
     assert gap(less.predict_blocks(TEST)[1], kept.predict_blocks(TEST)[1]) < 1e-9
     assert gap(q.remove(X[20:], q.sites_at(X[20:], Y[20:])).predict(TEST)[0], less.predict(TEST)[0]) < 1e-12
+
+
+def test_no_data_are_no_change():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=5)
+    for same in (q.condition(X[:0], Y[:0]), q.forget(X[:0], Y[:0])):
+        assert gap(same.predict(TEST)[1], q.predict(TEST)[1]) == 0.0
+        assert same.num_data == 30
 
 
 def test_forgetting_is_the_mean_without_the_data():
@@ -256,6 +263,14 @@ def test_the_network_the_data_and_the_random_state_are_untouched():
     assert len(net._forward_hooks) == 1
     frozen = copy.deepcopy(net).eval()
     assert gap(q.predict(TEST)[0], frozen(TEST).detach()) < 1e-12  # dropout off, running statistics
+
+
+def test_single_precision_is_double_to_its_rounding():
+    q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU)
+    single = network_gp(copy.deepcopy(NET).float(), (X.float(), Y), SOFTMAX, prior_precision=TAU, num_inducing=30)
+    exact = q.predict_blocks(TEST)[1]
+    assert gap(single.predict_blocks(TEST.float())[1].double(), exact) < 1e-5 * exact.abs().max()
+    assert abs(single.log_marginal_likelihood() - q.log_marginal_likelihood()) < 1e-3
 
 
 def test_half_precision_tied_and_selected_parameters():

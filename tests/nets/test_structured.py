@@ -189,12 +189,14 @@ def _has_two(q: StructuredPosterior) -> bool:
 
 
 def test_samples_have_the_posterior_covariance(case, q):
-    """Exactly: the map from noise to weights is a root of P⁻¹, so its columns are draws at unit noise."""
+    """Exactly: the map from noise to weights is a root of P⁻¹."""
     root = q.from_eigenbasis(torch.diag((1.0 + q.eigenvalues).rsqrt()))
     P = torch.eye(q.basis.size, dtype=F64) + assembled(q)
     torch.testing.assert_close(root @ root.T, P.inverse(), rtol=1e-10, atol=1e-11)
     f = q.sample(case.T, 4, generator=torch.Generator().manual_seed(0))
     w = q.sample_weights(4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, q.basis.size, generator=torch.Generator().manual_seed(0), dtype=F64)
+    torch.testing.assert_close(w, q.mean_w + noise @ root.T, rtol=1e-11, atol=1e-12)
     expected = case.net(case.T).detach() + torch.einsum("ncp,sp->snc", case.phi(case.T), w)
     torch.testing.assert_close(f, expected, rtol=1e-10, atol=1e-11)
 
@@ -314,6 +316,8 @@ def test_bad_input():
         case.q().with_site(case.q("diagonal").site + case.q().site)
     with pytest.raises(errors.BasisMismatchError, match="another network"):
         case.q().rebase(JacobianBasis.of_weights(engine(case.net, case.X), TAU))
+    with pytest.raises(errors.BasisMismatchError, match="no layers of the structure"):
+        StructuredPosterior(basis, case.q().site, Structure(separate_bias=True)).predict(case.T)
     with pytest.raises(errors.BasisMismatchError, match="coordinates"):
         StructuredPosterior(basis, Case("mixed").q().site)
     for bad in (lambda q: q.scale(-1.0), lambda q: q.temper(0.0), lambda q: q.predict(case.T[:, :1])):

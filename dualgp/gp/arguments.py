@@ -1,0 +1,62 @@
+"""What `DualGP` is built from, checked by name."""
+
+from __future__ import annotations
+
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import Likelihood
+from gpytorch.means import Mean
+from torch import Tensor
+
+from dualgp.duals import check_likelihood, has_batch_shape, num_outputs_of
+from dualgp.errors import InputError, UnsupportedError
+from dualgp.gp.memory import Rule, check_rule
+from dualgp.kernels import check_kernel
+
+
+def check_arguments(
+    kernel: Kernel,
+    likelihood: Likelihood,
+    mean: Mean | None,
+    num_inducing: int | None,
+    inducing_points: Tensor | None,
+    num_outputs: int | None,
+    jitter: float,
+) -> None:
+    """Raise unless these make a model.
+
+    Raises:
+        UnsupportedError: if the kernel, mean or likelihood cannot be used.
+        InputError: if the arguments contradict each other.
+    """
+    check_kernel(kernel)
+    check_likelihood(likelihood)
+    if mean is not None and not isinstance(mean, Mean):
+        raise UnsupportedError(f"mean must be a gpytorch.means.Mean or None, got {type(mean).__name__}.")
+    if num_inducing is not None and inducing_points is not None:
+        raise InputError("Give num_inducing or inducing_points, not both.")
+    if num_inducing is not None and num_inducing < 1:
+        raise InputError(f"num_inducing must be at least 1, got {num_inducing}.")
+    fixed = num_outputs_of(likelihood)
+    if fixed is not None and num_outputs not in (None, fixed):
+        raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but num_outputs={num_outputs}.")
+    if num_outputs is not None and fixed is None and has_batch_shape(likelihood):
+        raise UnsupportedError(
+            f"{type(likelihood).__name__} with parameters per output or per datum is not supported for num_outputs="
+            f"{num_outputs}: use MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), or one DualGP each."
+        )
+    if num_outputs is not None and num_outputs < 1:
+        raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
+    if not jitter >= 0:
+        raise InputError(f"jitter must be ≥ 0, got {jitter}.")
+
+
+def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> None:
+    """Raise InputError unless this says what a stream keeps."""
+    for name, size in (("memory", memory), ("window", window)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise InputError(f"{name} must be an integer or None, got {size!r}.")
+    if window is not None and (memory is not None or window < 1):
+        raise InputError(f"window must be at least 1 and stand in place of memory; got {window} and {memory}.")
+    if memory is not None and memory < 0:
+        raise InputError(f"memory must be at least 0, got {memory}.")
+    check_rule(rule)
