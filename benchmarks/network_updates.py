@@ -5,7 +5,7 @@ and loses nothing on the first part.
 
 D1 has 1200 data, D2 900, in random order or sorted by the first input; 200 and 150 more stop the trainings and give the
 noise σ² (the mean squared error there); 1500 random ones test. MLP 2 × 48 (tanh), Adam 1e-3, loss ½(y − f)² averaged +
-δ/2 |θ|² with δ = 1e-4. The prior precision is by evidence on D1, and stays; inducing inputs are of D1 alone. Data are
+δ/2 |θ|² with δ = 1e-4. The prior precision is by evidence on D1, and stays; Z is of D1, before D2 comes. Data are
 standardised with D1 alone.
 
     DUALGP_DATA=… OMP_NUM_THREADS=1 python benchmarks/network_updates.py --cache DIR

@@ -270,7 +270,10 @@ class NetworkPosterior:
         return dataclasses.replace(self, posterior=_gaussian(basis, centred(basis, site, self.centre)))
 
     def with_centre(self, centre: Centre) -> NetworkPosterior:
-        """Return the posterior with the mean of the other centre, as if converted with it; exactly, without the data.
+        """Return the posterior with the mean of the other centre, as if converted with it; without the data.
+
+        Exact, unless Z has grown since (see `condition`): what the converted data pull in its new directions is known,
+        and taken, but not their precision there.
 
         Raises:
             InputError: if it is not "network" or "map".
