@@ -162,6 +162,7 @@ def choose(rule: Rule, candidates: Candidates, capacity: int) -> Tensor:
             f"{tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__}."
         )
     if not bool(score.isfinite().all()):
-        raise InputError(f"A memory rule must return finite scores; {int((~score.isfinite()).sum())} of {n} are not.")
+        bad = int((~score.isfinite()).sum())
+        raise InputError(f"A memory rule must return one finite score per datum; {bad} of {n} are NaN or infinite.")
     order = score.flip(0).argsort(descending=True, stable=True)[:capacity]
     return (n - 1 - order).sort().values
