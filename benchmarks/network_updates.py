@@ -130,14 +130,14 @@ def run(order: str, seed: int, args: argparse.Namespace) -> dict[str, Row]:
     found["its GP: before"] = judge(gp(before), s, spent)
     after, spent = timed(lambda: before.condition(*s.D2))
     found["after condition(D2)"] = judge(gp(after), s, spent)
-    retuned, spent = timed(lambda: after.tuned("evidence"))
-    found["… and τ by evidence again"] = judge(gp(retuned), s, spent)
+    tuned_again, spent = timed(lambda: after.tuned("evidence"))
+    found["… and τ by evidence again"] = judge(gp(tuned_again), s, spent)
     both, held = joined(s.D1, s.D2), joined(s.val1, s.val2)
     net, noise, spent = network(f"{name}-both", both, held, seed, args.cache)
     found["network retrained"] = judge(alone(net, noise), s, spent)
     again, more = timed(lambda: convert(net, both, noise, args, seed).tuned("evidence"))
     found["its GP: retrained"] = judge(gp(again), s, spent + more)
-    taus = [f"{float(q.prior_precision):.3g}" for q in (before, retuned, again)]
+    taus = [f"{float(q.prior_precision):.3g}" for q in (before, tuned_again, again)]
     print(f"# {order} {seed}: τ={taus} " + " ".join(f"{k}: {v[0]:.4f}" for k, v in found.items()), flush=True)
     return found
 
