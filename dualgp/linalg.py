@@ -94,16 +94,19 @@ def symmetrise(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
     return 0.5 * (matrix + matrix.mT)
 
 
-def eigenpairs_above(matrix: Float[Tensor, "*b m m"], tol: float) -> tuple[Tensor, Tensor]:
+def eigenpairs_above(
+    matrix: Float[Tensor, "*b m m"], tol: float, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues [*b, r] above tol · largest of a positive semi-definite matrix, and vectors [*b, m, r].
 
-    Matrices of a batch that have fewer than the others are filled up with the value 1 and the vector 0.
+    Matrices of a batch that have fewer than the others are filled up with the value 1 and the vector 0. `largest` is
+    the greatest eigenvalue unless given: what is left of a larger matrix has none of its own size.
     """
     values, vectors = torch.linalg.eigh(symmetrise(matrix))
-    keep = values > tol * values[..., -1:]
-    r = int(keep.sum(-1).max())
+    keep = values > tol * (values[..., -1:] if largest is None else largest)
+    cut = values.shape[-1] - int(keep.sum(-1).max())
     values, vectors = torch.where(keep, values, 1.0), torch.where(keep.unsqueeze(-2), vectors, 0.0)
-    return values[..., -r:], vectors[..., -r:]
+    return values[..., cut:], vectors[..., cut:]
 
 
 def psd_part(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:

@@ -83,11 +83,8 @@ class Span:
 
     def _root(self, residual: Tensor, largest: Tensor) -> Tensor:
         """VΛ^{-1/2} of the eigenvalues of a residual that are no rounding of the kernel it is left of."""
-        values, vectors = torch.linalg.eigh(symmetrise(residual))
-        keep = values > self.rank_tol * largest
-        r = int(keep.sum(-1).max())
-        root = vectors * torch.where(keep, values, torch.inf).rsqrt().unsqueeze(-2)
-        return root[..., root.shape[-1] - r :]
+        values, vectors = eigenpairs_above(residual, self.rank_tol, largest)
+        return vectors * values.rsqrt().unsqueeze(-2)
 
 
 def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:

@@ -19,7 +19,7 @@ from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError
 from dualgp.influence import LeftOut, leave_one_out
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
-from dualgp.linalg import symmetrise
+from dualgp.linalg import psd_part, symmetrise
 from dualgp.nets import links, storage, tuning
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
@@ -181,10 +181,10 @@ class NetworkPosterior:
         """
         sizes = self.held.sizes_of(rows_of(batch, self.basis.dtype))
         old = sizes < self.basis.size
-        if isinstance(self.posterior, StructuredPosterior) or not bool(old.any()):
+        if not bool(old.any()):
             return
         x, before = batch.x[old.to(batch.x.device)], int(sizes.min())
-        beta = float(self.sites_at(*Batch(batch.x, batch.y, batch.params)[:2], **batch.params).beta.max())
+        beta = float(self.sites_at(batch.x, batch.y, **batch.params).beta.max())
         for _, features in self.basis.blocks(x):
             beside = features.phi[..., before:].double().square().sum(-1)
             if 0.5 * beta * float(beside.max()) > NEWS:
@@ -272,8 +272,8 @@ class NetworkPosterior:
     def with_centre(self, centre: Centre) -> NetworkPosterior:
         """Return the posterior with the mean of the other centre, as if converted with it; without the data.
 
-        Exact, unless Z has grown since (see `condition`): what the converted data pull in its new directions is known,
-        and taken, but not their precision there.
+        In directions that Z took in since (see `condition`) the converted data pull nothing, as their sites do not act
+        there.
 
         Raises:
             InputError: if it is not "network" or "map".
@@ -291,7 +291,7 @@ class NetworkPosterior:
         basis = self.basis
         site: Any = self.posterior.site
         pull = basis.coordinates(basis.whiten(self.pull))  # ΦᵀJᵀα/√τ, of data that were seen through so many of w:
-        if not isinstance(self.posterior, StructuredPosterior) and len(self.held.sizes):
+        if len(self.held.sizes):
             pull[int(self.held.sizes.min()) :] = 0.0
         pull = pull - basis.coordinates(basis.whitened_theta)  # − √τΦᵀθ*
         site = dataclasses.replace(site, lam=site.lam + (pull if centre == "map" else -pull))
@@ -469,10 +469,10 @@ def _gaussian(basis: JacobianBasis, site: Site) -> Posterior[JacobianBasis]:
     try:
         return Posterior(basis, site)
     except NotPositiveDefiniteError:
-        values, vectors = torch.linalg.eigh(symmetrise(site.B))
+        values = torch.linalg.eigvalsh(site.B)
         if values.min() < -basis.size * torch.finfo(basis.dtype).eps * values.max():
             raise
-        return Posterior(basis, Site(site.lam, symmetrise((vectors * values.clamp_min(0.0)) @ vectors.mT)))
+        return Posterior(basis, Site(site.lam, symmetrise(psd_part(site.B))))
 
 
 def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:
