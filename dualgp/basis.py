@@ -277,7 +277,8 @@ class InducingBasis(Basis):
         """Return (A, shift) with w_self = A w_new + shift: how sites on this basis are read on the new one.
 
         The same Z under other hyperparameters: u is the same variable, A = L⁻¹L_new (form U). Other Z under the same
-        kernel: A = L_z⁻¹K_zz' L_z'⁻ᵀ, the conditional mean of w given w_new; lossless if Z' contains Z.
+        kernel: A = L_z⁻¹K_zz' L_z'⁻ᵀ, the conditional mean of w given w_new; lossless if Z' contains Z. An input that
+        both hold is one variable with one jitter: else each move would lose what jitter is worth.
 
         Raises:
             BasisMismatchError: if both Z and the kernel or mean differ (change one at a time), or the batch shapes do.
@@ -293,8 +294,21 @@ class InducingBasis(Basis):
             return A, (self.L_inv @ shift.unsqueeze(-1)).squeeze(-1)
         if not new.is_of(self.kernel, self.mean):
             raise BasisMismatchError("Both Z and the hyperparameters differ: move one, then the other.")
-        A = self.L_inv @ cross_covariance(self.kernel, self.expand(Z), self.expand(Z_new), torch.float64) @ new.L_inv.mT
+        cross = cross_covariance(self.kernel, self.expand(Z), self.expand(Z_new), torch.float64)
+        A = self.L_inv @ (cross + self._shared_jitter(new)) @ new.L_inv.mT
         return A, torch.zeros(A.shape[:-1], dtype=A.dtype, device=A.device)
+
+    def _shared_jitter(self, new: InducingBasis) -> Tensor:
+        """Return the covariance of u and u_new that K_zz' leaves out, [*batch M M']."""
+        Z, Z_new = self.expand(self.inducing_points), self.expand(new.inducing_points)
+        scale = [b.jitter * kernel_diagonal(b.kernel, z).mean(-1) for b, z in ((self, Z), (new, Z_new))]
+        return torch.minimum(*scale)[..., None, None] * _same_rows(Z, Z_new)
+
+
+def _same_rows(x: Tensor, z: Tensor) -> Tensor:
+    """Say which row of x is which row of z, [*b n m]; no row is paired twice."""
+    same = (x.unsqueeze(-2) == z.unsqueeze(-3)).all(-1)
+    return same & (same.cumsum(-1) == 1) & (same.cumsum(-2) == 1)
 
 
 def _same_values(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:

@@ -86,6 +86,30 @@ def test_a_move_of_z_and_back_to_a_superset_is_the_identity():
     assert gap(back @ back.T, torch.eye(5, dtype=F64)) < 1e-6
 
 
+@pytest.mark.parametrize("jitter", [1e-10, 1e-6, 1e-3])
+def test_an_input_keeps_its_jitter_whenever_z_moves(jitter):
+    x, *_ = waves(30, 2)
+    small = InducingBasis(matern(), x[:5], jitter=jitter)
+    large = InducingBasis(matern(), x[[7, 1, 0, 8, 4, 2, 9, 3]], jitter=jitter)
+    back, _ = small.change_to(large)
+    assert (
+        gap(back @ back.mT, torch.eye(5, dtype=F64)) < 1e-9
+    )  # E[w_small | w_large] leaves no variance: B loses nothing
+    there, _ = large.change_to(small)
+    assert gap(back @ there, torch.eye(5, dtype=F64)) < 1e-9
+    twice = InducingBasis(matern(), x[[0, 0, 1]], jitter=jitter)  # a copy of an input has a jitter of its own
+    A, _ = twice.change_to(InducingBasis(matern(), x[[1, 0, 0]], jitter=jitter))
+    assert torch.linalg.matrix_norm(A, ord=2) < 1 + 1e-9
+
+
+def test_jitters_that_differ_share_the_smaller():
+    x, *_ = waves(30, 2)
+    kernel = gpytorch.kernels.LinearKernel().double() + matern()
+    old, new = (InducingBasis(kernel, x[: 4 + k], jitter=1e-3) for k in (0, 3))
+    A, _ = old.change_to(new)
+    assert torch.linalg.matrix_norm(A, ord=2) <= 1 + 1e-12  # a covariance still: nothing is known better than it is
+
+
 def test_a_change_of_hyperparameters_keeps_u():
     Z = line(-1, 1, 5)
     old = InducingBasis(rbf(0.5, 1.3), Z, linear_mean())
