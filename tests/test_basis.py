@@ -92,9 +92,7 @@ def test_an_input_keeps_its_jitter_whenever_z_moves(jitter):
     small = InducingBasis(matern(), x[:5], jitter=jitter)
     large = InducingBasis(matern(), x[[7, 1, 0, 8, 4, 2, 9, 3]], jitter=jitter)
     back, _ = small.change_to(large)
-    assert (
-        gap(back @ back.mT, torch.eye(5, dtype=F64)) < 1e-9
-    )  # E[w_small | w_large] leaves no variance: B loses nothing
+    assert gap(back @ back.mT, torch.eye(5, dtype=F64)) < 1e-9  # E[w_small | w_large] holds all of w_small
     there, _ = large.change_to(small)
     assert gap(back @ there, torch.eye(5, dtype=F64)) < 1e-9
     twice = InducingBasis(matern(), x[[0, 0, 1]], jitter=jitter)  # a copy of an input has a jitter of its own
