@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,22 +60,44 @@ class Memory:
         return at
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Candidates:
     """What a rule may look at, one row per datum; with several outputs the last dimension is theirs.
 
-    Inputs x [*batch, n, D] and targets y; α = E_q[∂ log p] and β = −E_q[∂² log p], each times the datum's weight,
-    [*batch, n] or [*batch, n, C]; the posterior variance of f, `var`; `ids`, numbers of arrival, and `keys`, a uniform
-    number each, drawn on arrival; whether there is a dimension of outputs, `multi_output`.
+    Attributes:
+        x: inputs, [*batch, n, D].
+        y: targets.
+        ids: numbers of arrival, int64 [n].
+        keys: a uniform number each, drawn on arrival, [n].
+        multi_output: whether there is a dimension of outputs.
+        find_moments: returns α, β and the posterior variance; asked once, by the first rule that looks.
     """
 
     x: Tensor
     y: Tensor
-    alpha: Tensor
-    beta: Tensor
-    var: Tensor
     ids: Tensor
     keys: Tensor
     multi_output: bool
+    find_moments: Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.find_moments()
+
+    @property
+    def alpha(self) -> Tensor:
+        """α = E_q[∂ log p] times the datum's weight, [*batch, n] or [*batch, n, C]."""
+        return self._moments[0]
+
+    @property
+    def beta(self) -> Tensor:
+        """β = −E_q[∂² log p] times the datum's weight, [*batch, n] or [*batch, n, C]."""
+        return self._moments[1]
+
+    @property
+    def var(self) -> Tensor:
+        """The posterior variance of f, [*batch, n] or [*batch, n, C]."""
+        return self._moments[2]
 
     def per_datum(self, values: Tensor) -> Tensor:
         """Sum over outputs and over batch dimensions: one number per datum."""

@@ -22,7 +22,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
-from dualgp.duals import dual_parameters
+from dualgp.duals import dual_parameters, is_gaussian
 from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
@@ -164,7 +164,7 @@ def shrink(state: State, size: int) -> State:
 def find_sites(state: State, likelihood: Likelihood, data: Data, start: Sites | None, tol: float) -> EStep:
     """Return the E-step on `data`, beside what is forgotten; `start` are their sites so far."""
     begin = None
-    if start is not None:
+    if start is not None and not is_gaussian(likelihood):  # a Gaussian one is exact from anywhere
         begin = assembled(state.basis, state.rest, data.x, start), start
     return e_step(Source(state.basis, data), likelihood, begin, base=state.rest, tol=tol)
 
@@ -215,21 +215,24 @@ def fair_sample(state: State, hyper: Hyper, sites: Sites) -> Sample | None:
 
 
 def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settings) -> State:
-    """Return the state with memory chosen from `new` (batch and memory, sites found); the others go into rest."""
-    basis = state.basis
+    """Return the state with memory chosen from `new`; the others go into rest. The posterior holds all of both."""
+    basis, q = state.basis, state.posterior
     keep = torch.arange(0, device=new.ids.device)
     if settings.capacity > 0:
-        keep = choose(settings.rule, candidates(state.posterior, likelihood, new), settings.capacity)
-    gone = new.without(keep)
+        keep = choose(settings.rule, candidates(q, likelihood, new), settings.capacity)
+    gone, memory = new.without(keep), new.rows(keep) if len(keep) else None
     rest, noise, num_rest = state.rest, state.noise, state.num_rest
-    if len(gone) and not settings.window:
-        gone = replace(gone, sites=without_negative(gone.sites, state.posterior, gone.data.x))
-        rest = rest + state.posterior.project(gone.data.x, gone.sites)
+    if settings.window:
+        return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
+    if len(gone):
+        sites = without_negative(gone.sites, q, gone.data.x)
+        rest = rest + q.project(gone.data.x, sites)
         num_rest += float(gone.data.all_weights().sum())
         if noise is not None:
             noise = forget_into(noise, basis, gone)
-    memory = new.rows(keep) if len(keep) else None
-    return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
+        if sites is not gone.sites:
+            q = assemble(basis, rest, memory)
+    return State(q, rest, memory, noise, num_rest, state.num_seen)
 
 
 def without_negative(sites: Sites, q: Posterior, x: Tensor) -> Sites:
@@ -246,12 +249,15 @@ def without_negative(sites: Sites, q: Posterior, x: Tensor) -> Sites:
 
 def candidates(q: Posterior, likelihood: Likelihood, of: Memory) -> Candidates:
     """Return what a rule may look at: α, β and v at the present posterior."""
-    x = of.data.x
-    m, v = q.predict(x)
-    duals = dual_parameters(likelihood, of.data.y, m, v, **of.data.params)
-    multi = of.sites.multi_output
-    weights = of.data.all_weights().unsqueeze(-1) if multi else of.data.all_weights()
-    return Candidates(x, of.data.y, weights * duals.alpha, weights * duals.beta, v.double(), of.ids, of.keys, multi)
+    data, multi = of.data, of.sites.multi_output
+
+    def find_moments() -> tuple[Tensor, Tensor, Tensor]:
+        m, v = q.predict(data.x)
+        duals = dual_parameters(likelihood, data.y, m, v, **data.params)
+        weights = data.all_weights().unsqueeze(-1) if multi else data.all_weights()
+        return weights * duals.alpha, weights * duals.beta, v.double()
+
+    return Candidates(data.x, data.y, of.ids, of.keys, multi, find_moments)
 
 
 def forget_into(noise: Noise, basis: InducingBasis, gone: Memory) -> Noise:

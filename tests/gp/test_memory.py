@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def candidates(n: int = 9, outputs: int | None = None, seed: int = 0, y: torch.T
     y = torch.randn(n, generator=g, dtype=F64) if y is None else y
     keys = torch.rand(n, generator=g, dtype=F64)
     ids = torch.arange(n) + 4
-    return Candidates(line(0, 1, n), y, alpha, beta.abs() + 0.1, var.abs() + 0.1, ids, keys, outputs is not None)
+    moments = alpha, beta.abs() + 0.1, var.abs() + 0.1
+    return Candidates(line(0, 1, n), y, ids, keys, outputs is not None, lambda: moments)
 
 
 def stream(rule, capacity: int | None, n: int = 40, batch: int = 8, likelihood=None, **options) -> DualGP:
@@ -63,15 +65,15 @@ def test_leverage_and_sensitivity_are_sums_over_outputs(outputs):
 
 def test_scores_of_a_batch_of_processes_sum_over_the_batch():
     c = candidates()
-    two = c._replace(
-        alpha=torch.stack([c.alpha, -2 * c.alpha]), beta=torch.stack([c.beta, 3 * c.beta]), var=c.var.expand(2, -1)
-    )
+    moments = torch.stack([c.alpha, -2 * c.alpha]), torch.stack([c.beta, 3 * c.beta]), c.var.expand(2, -1)
+    two = replace(c, find_moments=lambda: moments)
     assert gap(RULES["leverage"](two), 4 * c.beta * c.var) < 1e-14
     assert gap(RULES["sensitivity"](two), 3 * c.alpha.abs() * c.var) < 1e-14
 
 
 def test_a_negative_beta_lowers_leverage_and_a_negative_alpha_does_not_lower_sensitivity():
-    c = candidates(3)._replace(alpha=at(-2, 1, 0.5), beta=at(-3, 1, 0.5), var=at(1, 1, 1))
+    moments = at(-2, 1, 0.5), at(-3, 1, 0.5), at(1, 1, 1)
+    c = replace(candidates(3), find_moments=lambda: moments)
     assert choose(RULES["leverage"], c, 1).tolist() == [1]
     assert choose(RULES["sensitivity"], c, 1).tolist() == [0]
 
@@ -111,6 +113,14 @@ def test_sensitivity_keeps_the_outlier():
 
 
 # --- the choice -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["random", "recency"])
+def test_a_rule_that_asks_nothing_of_the_posterior_costs_nothing(rule):
+    def fail():
+        raise AssertionError("found α, β and v for a rule that does not look at them")
+
+    assert len(choose(RULES[rule], replace(candidates(), find_moments=fail), 3)) == 3
 
 
 def test_random_is_a_reservoir():
