@@ -102,7 +102,7 @@ class StreamingSVGP:
             stream.take(gp, Data(X, y, False), settings, learn_hyperparameters=True)
             return
         data = Data(X, y, False)
-        hyper = gp._hyper(gp.kernel, Z, True, True)
+        hyper = gp._hyper(gp.kernel, gp.likelihood, Z, True, True)
         state = self.learn(state, hyper, data, 0.1 * settings.tol)
         with torch.no_grad():
             found = update.find_sites(state, hyper.likelihood, data, None, 0.1 * settings.tol)

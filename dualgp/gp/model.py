@@ -27,7 +27,7 @@ from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import RULES, Memory, Rule, check_rule
 from dualgp.gp.minibatch import Batches, TensorBatches
 from dualgp.gp.progress import Progress
-from dualgp.gp.start import workable_kernel
+from dualgp.gp.start import workable_start
 from dualgp.gp.stop import Stop
 from dualgp.gp.stream import UpdateResult
 from dualgp.gp.update import Settings
@@ -334,11 +334,13 @@ class DualGP(FittedGP):
         """
         return storage.load(cls, path, kernel, likelihood, mean, memory_rule)
 
-    def _hyper(self, kernel: Kernel, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool) -> Hyper:
+    def _hyper(
+        self, kernel: Kernel, likelihood: Likelihood, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool
+    ) -> Hyper:
         return Hyper(
             kernel,
             self.mean,
-            self.likelihood,
+            likelihood,
             Z,
             dtype=Z.dtype,
             num_outputs=self.num_outputs,
@@ -361,11 +363,11 @@ class DualGP(FittedGP):
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing
-        kernel = self.kernel
+        kernel, likelihood = self.kernel, self.likelihood
         if learn_hyperparameters:
-            kernel = workable_kernel(kernel, self.mean, self.likelihood, data, self.num_outputs)
+            kernel, likelihood = workable_start(kernel, self.mean, likelihood, data, self.num_outputs)
         Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
-        return self._hyper(kernel, Z, learn_inducing, learn_hyperparameters)
+        return self._hyper(kernel, likelihood, Z, learn_inducing, learn_hyperparameters)
 
     def _adopt(self, outcome: Outcome) -> None:
         """Take over what was learned on the working copy."""
@@ -379,7 +381,7 @@ class DualGP(FittedGP):
         self.beta = None if sites is None else sites.beta
         self.num_seen = torch.tensor(outcome.num_rows, device=posterior.site.lam.device)
         if outcome.power is not None:
-            stream.set_noise(self, stream.noise_of(self, float(outcome.result.num_data), outcome.power))
+            stream.set_noise(self, stream.noise_of(self.likelihood, float(outcome.result.num_data), outcome.power))
         self._posterior = Posterior(self._basis(), posterior.site)
 
     @torch.no_grad()

@@ -1,24 +1,71 @@
-"""A start from which hyperparameters can be learned: where data look independent, no lengthscale has a gradient."""
+"""A start from which hyperparameters can be learned.
+
+Where data look independent, no lengthscale has a gradient; where targets are in other units than the amplitude, the
+way to theirs leads through hyperparameters that call all of them noise.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import torch
-from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import Likelihood
+from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from gpytorch.means import Mean
 
 from dualgp.basis import InducingBasis
 from dualgp.errors import NotPositiveDefiniteError, NumericalWarning
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
-from dualgp.kernels import prior_covariance
+from dualgp.kernels import frozen_copy, kernel_diagonal, prior_covariance
 
 _FEWEST, _ROWS, _INDUCING = 20, 500, 50
 _INDEPENDENT, _EQUAL = 0.3, 1e-4  # nearest neighbours correlated less than this, or all data more than 1 − this
+_OTHER_UNITS = 3.0  # of the logarithm of the targets' variance, from what the prior says
 _FACTORS = [2.0**k for k in range(-12, 14, 2)]
+
+
+def workable_start(
+    kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data, num_outputs: int | None
+) -> tuple[Kernel, Likelihood]:
+    """Return kernel and likelihood, or copies from which `data` can be learned; see the two functions below."""
+    kernel, likelihood = in_units_of(data, kernel, mean, likelihood)
+    return workable_kernel(kernel, mean, likelihood, data, num_outputs), likelihood
+
+
+@torch.no_grad()
+def in_units_of(data: Data, kernel: Kernel, mean: Mean | None, likelihood: Likelihood) -> tuple[Kernel, Likelihood]:
+    """Return kernel and Gaussian likelihood with amplitude and noise multiplied, where targets are in other units.
+
+    That is so where their variance is e³ times what the prior says, or a part of that. What is not learned stays.
+    """
+    if type(likelihood) is not GaussianLikelihood or len(data) < _FEWEST:
+        return kernel, likelihood
+    off = data.y.double() if mean is None else data.y.double() - frozen_copy(mean)(data.x.double())
+    if mean is not None and any(p.requires_grad for p in mean.parameters()):
+        off = off - off.mean(-1, keepdim=True)
+    said = kernel_diagonal(frozen_copy(kernel), data.x.double()).mean() + likelihood.noise.double().mean()
+    ratio = float(off.square().mean() / said)
+    if ratio == 0.0 or abs(math.log(ratio)) < _OTHER_UNITS:
+        return kernel, likelihood
+    kernel, likelihood = copy.deepcopy((kernel, likelihood))
+    if likelihood.raw_noise.requires_grad:
+        lowest = 1.01 * float(likelihood.noise_covar.raw_noise_constraint.lower_bound.max())
+        likelihood.noise = (likelihood.noise * ratio).clamp_min(lowest)
+    _multiply(kernel, ratio)
+    return kernel, likelihood
+
+
+def _multiply(kernel: Kernel, factor: float) -> None:
+    """Multiply what the kernel is scaled by: of a sum each term, of a product one factor."""
+    if isinstance(kernel, ScaleKernel):
+        if kernel.raw_outputscale.requires_grad:
+            kernel.outputscale = kernel.outputscale * factor
+    elif isinstance(kernel, (AdditiveKernel, ProductKernel)):
+        for part in kernel.kernels[: None if isinstance(kernel, AdditiveKernel) else 1]:
+            _multiply(part, factor)
 
 
 @torch.no_grad()
@@ -54,7 +101,7 @@ def workable_kernel(
         "At the lengthscales given, data are all but uncorrelated or all but equal a priori: nothing can be learned "
         "from there, so the fit starts at others. Standardise inputs, or set lengthscales near their distances.",
         NumericalWarning,
-        stacklevel=6,
+        stacklevel=7,
     )
     return best[1]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
@@ -18,7 +18,7 @@ from dualgp.gp.data import Data
 from dualgp.gp.fit import Outcome
 from dualgp.gp.hybrid import Noise
 from dualgp.gp.memory import Memory, choose
-from dualgp.gp.start import workable_kernel
+from dualgp.gp.start import workable_start
 from dualgp.gp.update import Settings, State
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
@@ -69,7 +69,7 @@ def read(model: FittedGP) -> State | None:
     state = _as_rest(model, q)
     if model.rest_lam is not None and model.rest_B is not None:
         state = replace(state, rest=Site(model.rest_lam, model.rest_B))
-    now = noise_of(model)
+    now = noise_of(model.likelihood)
     if now is None or state.noise is None or abs(now.variance / state.noise.variance - 1.0) < 1e-6:  # float32
         return state
     return _under_noise(state, now.variance)
@@ -135,11 +135,11 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         held = 0 if state is None or state.memory is None else len(state.memory)
         size = 0 if state is None else state.basis.num_inducing
         return UpdateResult(int(model.num_seen or 0), size, held, float("nan"), 0, 0.0)
-    state, kernel = read(model), model.kernel
+    state, kernel, likelihood = read(model), model.kernel, model.likelihood
     if state is None:
         if learn_hyperparameters:
-            kernel = workable_kernel(kernel, model.mean, model.likelihood, data, model.num_outputs)
-        state = _begin(model, kernel, data)
+            kernel, likelihood = workable_start(kernel, model.mean, likelihood, data, model.num_outputs)
+        state = _begin(model, kernel, likelihood, data)
     if data.x.dtype != state.basis.dtype or data.x.device != state.basis.device:
         raise InputError(
             f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
@@ -158,7 +158,9 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
             f"Data in memory came with {sorted(state.memory.data.params) or 'nothing'} per datum, this batch with "
             f"{sorted(data.params) or 'nothing'}; pass noise= with every batch, or with none."
         )
-    hyper = model._hyper(kernel, state.basis.inducing_points, False, True) if learn_hyperparameters else None
+    hyper = None
+    if learn_hyperparameters:
+        hyper = model._hyper(kernel, likelihood, state.basis.inducing_points, False, True)
     if hyper is not None and not hyper.trained():
         hyper = None
     outputs = () if model.num_outputs is None else (model.num_outputs,)
@@ -168,8 +170,8 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     try:
         with torch.no_grad():
             q = state.posterior.predict(data.x)
-            foretold = -float(log_predictive(model.likelihood, data.y, *q, **data.params).mean())
-        likelihood = model.likelihood if hyper is None else hyper.likelihood
+            foretold = -float(log_predictive(likelihood, data.y, *q, **data.params).mean())
+        likelihood = likelihood if hyper is None else hyper.likelihood
         state, found = update.step(state, likelihood, hyper, batch, settings)
     except BaseException:
         model.generator.set_state(draw)
@@ -194,7 +196,7 @@ def _arrived(model: DualGP, data: Data, sites: Sites, first: int) -> Memory:
     return Memory(data, sites, ids, keys.to(data.x.device))
 
 
-def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
+def _begin(model: DualGP, kernel: Kernel, likelihood: Likelihood, data: Data) -> State:
     """Return the prior, on the Z given or on one input, from which Z grows."""
     Z = model.inducing_points
     if Z is None:
@@ -206,12 +208,11 @@ def _begin(model: DualGP, kernel: Kernel, data: Data) -> State:
             "they must agree (move the model with .to)."
         )
     q = Posterior(model._basis(kernel, Z.to(data.x.dtype)))
-    return State(q, q.site, None, noise_of(model), 0.0, 0)
+    return State(q, q.site, None, noise_of(likelihood), 0.0, 0)
 
 
-def noise_of(model: FittedGP, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
+def noise_of(likelihood: Likelihood, num_data: float = 0.0, power: float = 0.0) -> Noise | None:
     """Return the statistics that keep a learned noise variance learnable; None for other likelihoods."""
-    likelihood = model.likelihood
     if type(likelihood) is not GaussianLikelihood or likelihood.noise.numel() != 1:
         return None
     return Noise(float(likelihood.noise.detach()), num_data, power)
@@ -231,7 +232,10 @@ def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
     state = _state(model)
     sites, noise = (model.lam, model.beta), state.noise
     if window:
-        write(model, _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model), num_rest=0.0), memory))
+        write(
+            model,
+            _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model.likelihood), num_rest=0.0), memory),
+        )
         return
     with torch.no_grad():
         rest = state.rest - state.posterior.project(memory.data.x, memory.sites)

@@ -1,15 +1,19 @@
 """A fit finds its way from lengthscales at which nothing can be learned, and leaves all others as they were given."""
 
+import math
+
 import gpytorch
 import pytest
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.means import ConstantMean
 from toys import F64, gaussian, rbf, waves
 
 from dualgp import DualGP
 from dualgp.errors import NumericalWarning
 from dualgp.gp.data import Data
-from dualgp.gp.start import workable_kernel
+from dualgp.gp.start import in_units_of, workable_kernel
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
@@ -55,3 +59,44 @@ def test_a_frozen_lengthscale_is_left_alone():
     gp = DualGP(rbf(1e-5), gpytorch.likelihoods.BernoulliLikelihood(), num_inducing=5)
     gp.fit(x, (y > 0).double(), learn_hyperparameters=False)  # no warning either
     assert gp.kernel.base_kernel.lengthscale.item() == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("unit", [0.1, 1000.0])
+def test_a_stream_learns_the_same_whatever_units_its_targets_are_in(unit):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 2, generator=g, dtype=F64)
+    y = (6 * x[:, 0]).sin() * (5 * x[:, 1]).cos() + 0.3 * torch.randn(400, generator=g, dtype=F64)
+
+    def foretold(factor: float) -> float:
+        """NLPD of the last hundred in units of y, after three batches."""
+        gp = DualGP(ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double(), num_inducing=20)
+        for rows in torch.arange(300).chunk(3):
+            gp.update(x[rows], factor * y[rows])
+        return gp.nlpd(x[300:], factor * y[300:]) - math.log(factor)
+
+    assert abs(foretold(unit) - foretold(1.0)) < 0.02
+
+
+def test_only_what_is_learned_is_put_into_other_units():
+    x, y, _ = waves(100)
+    data = Data(x, 1000 * y, False)
+    kernel, likelihood = ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double()
+    likelihood.raw_noise.requires_grad_(False)
+    scaled, same = in_units_of(data, kernel, None, likelihood)
+    assert same.noise.item() == likelihood.noise.item()
+    assert scaled.outputscale.item() / kernel.outputscale.item() == pytest.approx(
+        (data.y.square().mean() / (kernel.outputscale + likelihood.noise)).item()
+    )
+    assert in_units_of(Data(x, 3 * y, False), kernel, None, likelihood) == (kernel, likelihood)
+    both = kernel + ScaleKernel(RBFKernel()).double() * ScaleKernel(RBFKernel()).double()
+    scaled, _ = in_units_of(data, both, None, GaussianLikelihood().double())
+    factors = [a.outputscale.item() / kernel.outputscale.item() for a in scaled.modules() if isinstance(a, ScaleKernel)]
+    assert factors[0] == pytest.approx(factors[1])
+    assert factors[0] > 1e4
+    assert factors[2] == 1
+
+
+def test_an_offset_that_the_mean_learns_is_no_amplitude():
+    x, y, _ = waves(100)
+    kernel, likelihood, mean = ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double(), ConstantMean().double()
+    assert in_units_of(Data(x, y + 1000, False), kernel, mean, likelihood) == (kernel, likelihood)
