@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import F64, gap
 
 from dualgp.errors import InputError
-from dualgp.kernels import NetworkJacobian
+from dualgp.kernels import NetworkJacobian, layers
 from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, LookupLayer
 from dualgp.kernels.taps import rows_by_func, rows_by_loop
 
@@ -41,6 +41,14 @@ def agrees_with(jacobian: NetworkJacobian, x: Tensor, jac: Tensor) -> None:
         assert gap(block.rmatmul(w), torch.einsum("ncp,ncr->pr", jac, w)) < 1e-12
     assert gap(jacobian.vjp(x, v[..., 0]), torch.einsum("ncp,nc->p", jac, v[..., 0])) < 1e-12
     assert gap(jacobian.jvp(x, d), jac @ d) < 1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tiles_make_no_difference(name, monkeypatch):
+    monkeypatch.setattr(layers, "_SCRATCH_BYTES", 1000)  # one or two rows a tile, and outputs one by one
+    net, x = make(name)
+    jacobian = NetworkJacobian(net, x)
+    agrees_with(jacobian, x, reference(net, x, jacobian.names))
 
 
 @pytest.mark.parametrize("name", ["tanh", "cnn", "transformer", "tied linears", "loose parameters"])

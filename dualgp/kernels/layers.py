@@ -50,6 +50,10 @@ class FactoredLayer:
     def __getitem__(self, rows: slice) -> FactoredLayer:
         return replace(self, a=self.a[rows], g=self.g[rows])
 
+    def output(self, c: int) -> FactoredLayer:
+        """Return the Jacobian of one output."""
+        return replace(self, g=self.g[:, c : c + 1])
+
     def scaled(self, scales: Sequence[Tensor]) -> FactoredLayer:
         """Return J diag(s), one scale for each of its tensors."""
         columns = self.a.new_ones(self.a.shape[-1]) * scales[0]
@@ -152,6 +156,10 @@ class LookupLayer:
     def __getitem__(self, rows: slice) -> LookupLayer:
         return replace(self, tokens=self.tokens[rows], g=self.g[rows])
 
+    def output(self, c: int) -> LookupLayer:
+        """Return the Jacobian of one output."""
+        return replace(self, g=self.g[:, c : c + 1])
+
     def scaled(self, scales: Sequence[Tensor]) -> LookupLayer:
         """Return J diag(s), one scale for each of its tensors."""
         return replace(self, g=self.g * scales[0])
@@ -228,6 +236,10 @@ class ExplicitLayer:
     def __getitem__(self, rows: slice) -> ExplicitLayer:
         return replace(self, jac=self.jac[rows])
 
+    def output(self, c: int) -> ExplicitLayer:
+        """Return the Jacobian of one output."""
+        return replace(self, jac=self.jac[:, c : c + 1])
+
     def scaled(self, scales: Sequence[Tensor]) -> ExplicitLayer:
         """Return J diag(s), one scale for each of its tensors."""
         columns = [scale.expand(size) for scale, size in zip(scales, self.sizes, strict=True)]
@@ -263,10 +275,18 @@ Layer = FactoredLayer | LookupLayer | ExplicitLayer
 
 def tiles(n: int, width: int, like: Tensor, size: int = _CACHE_BYTES) -> Iterator[slice]:
     """Yield slices that cut n rows of `width` numbers into tiles of about `size` bytes (more on a GPU)."""
-    size = size if like.device.type == "cpu" else 8 * _SCRATCH_BYTES
+    size = _tile_bytes(like.device, size)
     step = max(1, size // max(1, width * like.element_size()))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def _tile_bytes(device: torch.device, size: int) -> int:
+    """On a GPU an eighth of what is free: an explicit Jacobian that no tile holds is made again for each of its own."""
+    if device.type != "cuda":
+        return size
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(8 * _SCRATCH_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
 
 
 def _explicit_tiles(layer: Layer) -> Iterator[tuple[slice, Layer]]:
@@ -284,6 +304,11 @@ def _add_gram_explicit(out: Tensor, x: Layer, z: Layer) -> None:
 
 
 def _add_independent_explicit(out: Tensor, x: Layer, z: Layer) -> None:
+    C, _, m = out.shape
+    if C > 1 and m * C * z.size * out.element_size() > _tile_bytes(out.device, _SCRATCH_BYTES):
+        for c in range(C):  # a tile holds C times as many rows of one output: each is made as many times less often
+            _add_independent_explicit(out[c : c + 1], x.output(c), z.output(c))
+        return
     for columns, right in _explicit_tiles(z):
         jac = right.dense().permute(1, 2, 0)  # [C, p, m]
         for rows, left in _explicit_tiles(x):
