@@ -152,7 +152,11 @@ def main() -> None:
                 if params == "all" and used + rate * n * m > args.seconds:
                     print(f"left out: N = {n}, M = {m}, which would take {rate * n * m:.0f} s", flush=True)
                     continue
-                line = convert(network, params, n, m, device, int(args.budget * 2**30))
+                try:
+                    line = convert(network, params, n, m, device, int(args.budget * 2**30))
+                except torch.OutOfMemoryError:
+                    print(f"left out: N = {n}, M = {m}, for which memory does not suffice", flush=True)
+                    continue
                 if params == "all":
                     rate = float(line[3]) / (n * m)
                 print(" ".join(line), flush=True)
