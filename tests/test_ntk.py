@@ -256,6 +256,25 @@ def test_devices_run_the_same_code(name, device):
     assert gap(there.diag().cpu(), here.diag()) < 1e-10
 
 
+def test_the_users_choice_of_tensorfloat_is_left_out_and_left_alone():
+    seen = []
+
+    class Recording(nn.Linear):
+        def forward(self, x):
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    torch.set_float32_matmul_precision("medium")  # TF32, on a GPU; bfloat16 on some CPUs
+    try:
+        jacobian = NetworkJacobian(Recording(2, 1), torch.randn(3, 2))
+        jacobian.block(torch.randn(4, 2)).gram(jacobian.block(torch.randn(2, 2)))
+        jacobian(torch.randn(2, 2)), jacobian.vjp(torch.randn(2, 2), torch.randn(2, 1))
+        assert set(seen) == {("highest", False)}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_rows_that_share_their_output_derivatives_are_rows_that_repeat_them():
     g = draw(1, 3, 1, 2).expand(5, 3, 1, 2)
     shared = FactoredLayer((0,), draw(5, 1, 4), g, bias=True)

@@ -124,9 +124,22 @@ def as_outputs(f: object, n: int) -> Tensor:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, float32 products are of float32: TensorFloat32, cuDNN's default, has 10 bits, too few to tell a rank."""
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
 def plain_kernels(network: nn.Module) -> Iterator[None]:
     """Within, attention and recurrent layers run on kernels whose derivatives can be batched, in eval mode too."""
     recurrent = any(isinstance(m, nn.RNNBase) for m in network.modules())
     cudnn = torch.backends.cudnn
-    with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=cudnn.enabled and not recurrent):
+    enabled = cudnn.enabled and not recurrent
+    with full_precision(), sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled, cudnn.benchmark, allow_tf32=False):
         yield

@@ -22,6 +22,7 @@ from dualgp.kernels.networks import (
     Selection,
     as_outputs,
     frozen_network,
+    full_precision,
     has_own_parameters,
     plain_kernels,
     select_parameters,
@@ -51,6 +52,7 @@ class JacobianBlock:
         """P."""
         return self.slices[-1].stop
 
+    @full_precision()
     def gram(self, other: JacobianBlock) -> Float[Tensor, "n C m C"]:
         """Return κ(x, z) = J(x) J(z)ᵀ for all pairs of rows and of outputs.
 
@@ -63,6 +65,7 @@ class JacobianBlock:
             mine.add_gram(out, theirs)  # type: ignore[arg-type]
         return out
 
+    @full_precision()
     def gram_independent(self, other: JacobianBlock) -> Float[Tensor, "C n m"]:
         """Return the C diagonal blocks of `gram`: J_c(x) J_c(z)ᵀ for each output.
 
@@ -75,10 +78,12 @@ class JacobianBlock:
             mine.add_gram_independent(out, theirs)  # type: ignore[arg-type]
         return out
 
+    @full_precision()
     def diag(self) -> Float[Tensor, "n C C"]:
         """Return κ(xᵢ, xᵢ) for each row."""
         return self._sum_of([layer.quad() for layer in self.layers], self.f.shape[1])
 
+    @full_precision()
     def quad(self, d: Float[Tensor, "P"]) -> Float[Tensor, "n C C"]:
         """Return J diag(d) Jᵀ for each row."""
         d = d.to(self.f)
@@ -91,11 +96,13 @@ class JacobianBlock:
             self._scatter(layer, layer.dense().movedim(-1, 0), out.movedim(-1, 0))
         return out
 
+    @full_precision()
     def matmul(self, u: Float[Tensor, "P r"]) -> Float[Tensor, "n C r"]:
         """Return J u."""
         u = u.to(self.f)
         return self._sum_of([layer.matmul(self._columns(layer, u)) for layer in self.layers], u.shape[-1])
 
+    @full_precision()
     def rmatmul(self, v: Float[Tensor, "n C r"]) -> Float[Tensor, "P r"]:
         """Return Σᵢ Jᵢᵀ vᵢ."""
         out = self.f.new_zeros(self.num_params, v.shape[-1])
@@ -210,7 +217,7 @@ class NetworkJacobian:
         Raises:
             InputError: if x has not the shape of the example, or an output is not finite.
         """
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             parts = [as_outputs(self._network(x), len(x)) for _, x in self._chunks(x)]
         f = torch.cat(parts) if parts else torch.zeros(0, self.num_outputs, dtype=self.dtype, device=self.device)
         return _finite(f, "The network's outputs")
@@ -293,7 +300,7 @@ class NetworkJacobian:
         """Check f on rows together and alone; return the order of modules, and the bytes of activations of a row."""
         order: list[str] = []
         sizes = [_bytes(x)]
-        with ExitStack() as hooks, torch.no_grad():
+        with ExitStack() as hooks, torch.no_grad(), full_precision():
             for name, module in self._network.named_modules():
                 if has_own_parameters(module) and "parametrizations" not in name.split("."):
                     hook = module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -311,7 +318,7 @@ class NetworkJacobian:
         self.num_outputs = f.shape[1]
         reason = "their values differ"
         try:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 alone = torch.cat([as_outputs(self._network(row.unsqueeze(0)), 1) for row in x])
             tolerance = 1e-4 if f.dtype == torch.float32 else 1e-9
             same = bool((f - alone).abs().max() <= tolerance * f.abs().max())

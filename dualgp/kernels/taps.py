@@ -152,7 +152,7 @@ def trace(network: nn.Module, x: Tensor, modules: Sequence[nn.Module]) -> tuple[
         for module in modules:
             hooks.callback(module.register_forward_hook(tap, prepend=True, with_kwargs=True).remove)
         f = as_outputs(network(x), len(x))
-    gradients = output_gradients(f, [edge for _, _, edge in taps])
+        gradients = output_gradients(f, [edge for _, _, edge in taps])
     # A call that the outputs do not depend on adds nothing.
     return f, [Call(m, x, g) for (m, x, _), g in zip(taps, gradients, strict=True) if g is not None]
 
