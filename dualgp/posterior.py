@@ -252,7 +252,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x and the sites do not fit the basis or each other.
         """
-        self._check_sites(self.basis.check_inputs(x), sites)
+        self.check_sites(self.basis.check_inputs(x), sites)
         sites = sites.to(self.basis.device)
         total = SiteSum(self.basis)
         if self.basis.coupled:
@@ -264,7 +264,8 @@ class Posterior(Generic[BasisT]):
             total.add(features, lam[..., rows], beta[..., rows])
         return total.site()
 
-    def _check_sites(self, n: int, sites: Sites) -> None:
+    def check_sites(self, n: int, sites: Sites) -> None:
+        """Raise InputError unless the sites are those of n inputs, for this basis."""
         C = self.basis.num_outputs
         fits = sites.multi_output == (C is not None) and (C is None or sites.lam.shape[-1] == C)
         if len(sites) != n or not fits:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -21,6 +21,7 @@ from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.linalg import psd_part, symmetrise
 from dualgp.nets import links, storage, tuning
+from dualgp.nets.centre import Centre, Recentring, centred
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
 from dualgp.nets.inducing import NEWS, news
@@ -28,12 +29,11 @@ from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
 from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
+from dualgp.nets.terms import Terms, WeightPosterior, terms_of, with_site
 from dualgp.nets.tuning import Method
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
-
-Centre = Literal["network", "map"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +52,17 @@ class NetworkPosterior:
         log_likelihood: Σ log p(y_i|f(x_i; θ*)) of them; None once sites without targets were added or removed.
         pull: Jᵀα [P] of the data that the network was converted with.
         held: fingerprints of the data that are held.
+        recentring: what they add to λ and log Z under centre "map" and not under "network".
     """
 
-    posterior: Posterior[JacobianBasis] | StructuredPosterior
+    posterior: WeightPosterior
     likelihood: Likelihood
     centre: Centre
     num_data: int
     log_likelihood: float | None
     pull: Tensor
     held: Held
+    recentring: Recentring
 
     @property
     def basis(self) -> JacobianBasis:
@@ -219,9 +221,9 @@ class NetworkPosterior:
         if not len(x):
             return self
         sites = self.sites_at(x, y, **params)
-        posterior = self._grown(x, float(sites.beta.max()), grow).add(x, sites)
-        held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype), posterior.basis.size)
-        return self._with(posterior, len(x), self._log_prob(x, y, params), held)
+        q = self._grown(x, float(sites.beta.max()), grow)
+        held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype), q.basis.size)
+        return q._plus(terms_of(q.posterior, x, sites), 1, len(x), self._log_prob(x, y, params), held)
 
     def forget(self, x: Tensor, y: Tensor, **params: Tensor) -> NetworkPosterior:
         """Return the posterior without these data, exactly: as if their sites at θ* had never been added.
@@ -236,15 +238,18 @@ class NetworkPosterior:
             return self
         rows = rows_of(Batch(x, y, params), self.basis.dtype)
         sizes, held = self.held.sizes_of(rows), self.held.remove(rows)
-        sites, posterior = self.sites_at(x, y, **params), self.posterior
-        for size in sizes.unique().tolist():
+        sites, q = self.sites_at(x, y, **params), self.posterior
+        total = None
+        for size in sizes.unique().tolist():  # those of data that came before Z grew act on fewer coordinates
             of = (sizes == size).nonzero().flatten().to(x.device)
-            posterior = _without(posterior, x[of], sites[of.to(sites.lam.device)], size)
-        return self._with(posterior, -len(x), -self._log_prob(x, y, params), held)
+            terms = terms_of(q, x[of], sites[of.to(sites.lam.device)], size)
+            total = terms if total is None else total + terms
+        assert total is not None
+        return self._plus(total, -1, -len(x), -self._log_prob(x, y, params), held)
 
     def add(self, x: Tensor, sites: Sites) -> NetworkPosterior:
         """Return the posterior with sites of your own added; the evidence is not known from then on."""
-        return self._with(self.posterior.add(x, sites), len(x), None, self.held)
+        return self._plus(terms_of(self.posterior, x, sites), 1, len(x), None, self.held)
 
     def remove(self, x: Tensor, sites: Sites) -> NetworkPosterior:
         """Return the posterior with sites taken out, whatever data they are of; see `forget`, which checks.
@@ -252,7 +257,7 @@ class NetworkPosterior:
         Raises:
             NotPositiveDefiniteError: if no Gaussian is left.
         """
-        return self._with(self.posterior.remove(x, sites), -len(x), None, self.held)
+        return self._plus(terms_of(self.posterior, x, sites), -1, -len(x), None, self.held)
 
     def with_prior_precision(self, prior_precision: Precision) -> NetworkPosterior:
         """Return the posterior of the same data under another prior, exactly and without the data.
@@ -263,48 +268,42 @@ class NetworkPosterior:
                 spans other directions: convert anew.
         """
         basis, q, site = self.basis.with_prior_precision(prior_precision), self.posterior, self._data_site()
+        beside = dataclasses.replace(site, lam=self.recentring.lam)
+        moved: WeightPosterior
         if isinstance(q, StructuredPosterior):
-            moved = q.with_site(site).rebase(basis)
-            return dataclasses.replace(self, posterior=moved.with_site(centred(basis, moved.site, self.centre)))
-        site = self.basis.carry(site, basis)
-        return dataclasses.replace(self, posterior=_gaussian(basis, centred(basis, site, self.centre)))
+            moved, beside = q.with_site(site).rebase(basis), q.with_site(beside).rebase(basis).site
+            moved = moved.with_site(centred(basis, moved.site, self.centre))
+        else:
+            site, beside = (self.basis.carry(s, basis) for s in (site, beside))
+            moved = _gaussian(basis, centred(basis, site, self.centre))
+        recentring = dataclasses.replace(self.recentring, lam=beside.lam)
+        return dataclasses.replace(self, posterior=moved, recentring=recentring)
 
     def with_centre(self, centre: Centre) -> NetworkPosterior:
         """Return the posterior with the mean of the other centre, as if converted with it; without the data.
 
-        In directions that Z took in since (see `condition`) the converted data pull nothing, as their sites do not act
-        there.
-
         Raises:
             InputError: if it is not "network" or "map".
-            UnsupportedError: for independent outputs, whose pulls are not kept apart: convert with that centre.
         """
         if centre not in get_args(Centre):
             raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
         if centre == self.centre:
             return self
-        if not self.basis.coupled and self.num_outputs > 1:
-            raise UnsupportedError(
-                "Independent outputs keep the centre they were converted with, and leaving one out needs 'map': use "
-                f"network_gp(…, centre={centre!r})."
-            )
-        basis = self.basis
-        site: Any = self.posterior.site
-        pull = basis.coordinates(basis.whiten(self.pull))  # ΦᵀJᵀα/√τ, of data that were seen through so many of w:
-        if len(self.held.sizes):
-            pull[int(self.held.sizes.min()) :] = 0.0
-        pull = pull - basis.coordinates(basis.whitened_theta)  # − √τΦᵀθ*
-        site = dataclasses.replace(site, lam=site.lam + (pull if centre == "map" else -pull))
-        q = self.posterior
-        q = q.with_site(site) if isinstance(q, StructuredPosterior) else Posterior(basis, site)
-        return dataclasses.replace(self, posterior=q, centre=centre)
+        sign = 1.0 if centre == "map" else -1.0
+        site: Any = self._data_site()
+        site = dataclasses.replace(site, lam=site.lam + sign * self.recentring.lam)
+        site = centred(self.basis, site, centre)
+        basis, q = self.basis.with_zero_mean(centre == "map"), self.posterior
+        moved = q.with_site(site) if isinstance(q, StructuredPosterior) else Posterior(basis, site)
+        return dataclasses.replace(self, posterior=moved, centre=centre)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> float:
         """Return log Z, the evidence, at this prior precision or another one: O(rank) after the first call.
 
         log Z = Σ log p(y_i|f_i) − ½τ|θ*|² − ½ log|P| + ½ λᵀP⁻¹λ:  Laplace's approximation, whose last term is zero
         for centre "network" until data are added or forgotten, and for "map" is what the mean gains by leaving the
-        network; there |θ*|² counts what w spans alone, since the rest integrates to 1.
+        network; there |θ*|² counts what w spans alone, since the rest integrates to 1, and what it does not span
+        moves the data by −u from the network (see `dualgp.nets.centre`): Σ −(αᵀu + ½uᵀBu) besides.
 
         Raises:
             UnsupportedError: if sites without targets were added or removed.
@@ -382,7 +381,8 @@ class NetworkPosterior:
                 "The evidence needs log p(y|f) of all data, and sites without targets were added or removed: use "
                 "condition(x, y) and forget(x, y)."
             )
-        return self.log_likelihood + self.spectrum.log_evidence(factors.double())
+        offset = self.recentring.offset if self.centre == "map" else 0.0
+        return self.log_likelihood + offset + self.spectrum.log_evidence(factors.double())
 
     @cached_property
     def spectrum(self) -> Spectrum | StructuredSpectrum:
@@ -419,24 +419,29 @@ class NetworkPosterior:
         """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
         return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
 
-    def _grown(self, x: Tensor, beta: float, limit: int | None) -> Posterior[JacobianBasis] | StructuredPosterior:
+    def _grown(self, x: Tensor, beta: float, limit: int | None) -> NetworkPosterior:
         """The posterior with room for new data whose sites have precision β at most: at Z and some of their inputs."""
         q, Z = self.posterior, self.basis.inducing_inputs
         if isinstance(q, StructuredPosterior) or Z is None or not self.basis.has_residual:
-            return q
+            return self
         rows = news(self.basis, x, beta, max(50, len(Z) // 2) if limit is None else limit)
         if not len(rows):
-            return q
+            return self
         basis = self.basis.grown(x[rows])
-        return Posterior(basis, centred(basis, self.basis.carry(self._data_site(), basis), self.centre))
+        moved = Posterior(basis, centred(basis, self.basis.carry(self._data_site(), basis), self.centre))
+        return dataclasses.replace(self, posterior=moved, recentring=self.recentring.padded(basis.size))
 
-    def _with(
-        self, posterior: Posterior[JacobianBasis] | StructuredPosterior, count: int, log_prob: float | None, held: Held
-    ) -> NetworkPosterior:
+    def _plus(self, terms: Terms, sign: int, count: int, log_prob: float | None, held: Held) -> NetworkPosterior:
+        """The posterior with what so many data add to it, or without it."""
         known = self.log_likelihood is not None and log_prob is not None
-        fit = self.log_likelihood + log_prob if known else None  # type: ignore[operator]
-        n = self.num_data + count
-        return dataclasses.replace(self, posterior=posterior, num_data=n, log_likelihood=fit, held=held)
+        return dataclasses.replace(
+            self,
+            posterior=with_site(self.posterior, self.posterior.site + terms.at(self.centre) * sign),
+            recentring=self.recentring + terms.recentring * sign,
+            num_data=self.num_data + count,
+            log_likelihood=self.log_likelihood + log_prob if known else None,  # type: ignore[operator]
+            held=held,
+        )
 
     def _log_prob(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> float:
         return float(links.log_prob(self.likelihood, y, self.basis.jacobian(x), **params).sum())
@@ -454,16 +459,6 @@ class NetworkPosterior:
         return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
 
 
-def _without(
-    q: Posterior[JacobianBasis] | StructuredPosterior, x: Tensor, sites: Sites, size: int
-) -> Posterior[JacobianBasis] | StructuredPosterior:
-    """Take out sites that act on the first coordinates only: those of data that came before Z grew."""
-    if isinstance(q, StructuredPosterior) or size == q.basis.size:
-        return q.remove(x, sites)
-    before = q.basis.first(size)
-    return Posterior(q.basis, q.site - before.carry(Posterior(before).project(x, sites), q.basis))
-
-
 def _gaussian(basis: JacobianBasis, site: Site) -> Posterior[JacobianBasis]:
     """The posterior of a site that was scaled up, and with it the rounding of its null space: taken for zero."""
     try:
@@ -473,10 +468,3 @@ def _gaussian(basis: JacobianBasis, site: Site) -> Posterior[JacobianBasis]:
         if values.min() < -basis.size * torch.finfo(basis.dtype).eps * values.max():
             raise
         return Posterior(basis, Site(site.lam, symmetrise(psd_part(site.B))))
-
-
-def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) -> Any:
-    """Return a site on w with the pull of the prior: for "map" the linear site −√τ Φᵀθ*, else nothing."""
-    if centre == "network":
-        return site
-    return dataclasses.replace(site, lam=site.lam - sign * basis.coordinates(basis.whitened_theta))

@@ -172,7 +172,7 @@ class StructuredPosterior:
         """Return the site on w of one set of data that comes in batches, in any order. Errors as in `project`."""
         total = StructuredSum(self.basis, self.structure)
         for x, sites in batches:
-            self._check_sites(self.basis.check_inputs(x), sites)
+            self.check_sites(self.basis.check_inputs(x), sites)
             sites = sites.to(self.basis.device)
             for rows, phi in self.blocks(x):
                 total.add(phi, sites[rows])
@@ -332,7 +332,8 @@ class StructuredPosterior:
         for at, piece in zip(slices, values.split([s.stop - s.start for s in slices]), strict=True):
             out[at] = piece
 
-    def _check_sites(self, n: int, sites: Sites) -> None:
+    def check_sites(self, n: int, sites: Sites) -> None:
+        """Raise InputError unless the sites are those of n inputs, for this basis."""
         C = self.basis.num_outputs
         if len(sites) != n or not sites.multi_output or sites.lam.shape[-1] != C:
             raise InputError(
