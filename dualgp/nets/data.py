@@ -21,6 +21,14 @@ class Batch(NamedTuple):
     y: Tensor
     params: dict[str, Tensor]
 
+    def at(self, rows: slice | Tensor) -> Batch:
+        """Return some of the data."""
+
+        def of(values: Tensor) -> Tensor:
+            return values[rows if isinstance(rows, slice) else rows.to(values.device)]
+
+        return Batch(of(self.x), of(self.y), {name: of(value) for name, value in self.params.items()})
+
 
 class Source:
     """Batches (x, y) or (x, y, noise) that can be read again and again; the global random state stays as it was.

@@ -73,6 +73,10 @@ class Held:
         keys, counts = rows.cpu().unique(return_counts=True)
         return cls(keys, torch.full_like(keys, size), counts)
 
+    def all_through(self, size: int) -> bool:
+        """Return whether all were seen through so many coordinates."""
+        return bool((self.sizes == size).all())
+
     def add(self, rows: Tensor, size: int) -> Held:
         """Return the multiset with these besides, whose sites act on so many coordinates."""
         return self._plus(Held.of(rows, size), 1)

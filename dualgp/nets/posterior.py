@@ -17,6 +17,7 @@ from torch.distributions import Categorical, Distribution
 
 from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError
 from dualgp.influence import LeftOut, leave_one_out
+from dualgp.influence.left_out import scored
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.linalg import psd_part, symmetrise
@@ -24,13 +25,13 @@ from dualgp.nets import links, storage, tuning
 from dualgp.nets.centre import Centre, Recentring, centred
 from dualgp.nets.data import Batch, check_batch, rows_of
 from dualgp.nets.fingerprints import Held
-from dualgp.nets.inducing import NEWS, news
+from dualgp.nets.inducing import news
 from dualgp.nets.links import Link
 from dualgp.nets.spectrum import Spectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
 from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
 from dualgp.nets.terms import Terms, WeightPosterior, terms_of, with_site
-from dualgp.nets.tuning import Method
+from dualgp.nets.tuning import Method, left_out_of_first
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -160,41 +161,26 @@ class NetworkPosterior:
         return sites if self.basis.coupled else sites.decoupled(f.double())
 
     def leave_one_out(self, x: Tensor, y: Tensor, **params: Tensor) -> LeftOut:
-        """Return every training datum predicted without it (see `dualgp.leave_one_out`).
+        """Return every training datum predicted without it (see `dualgp.leave_one_out`): as after `forget` of it.
+
+        What is taken out is what is there: of data that were added before Z grew, sites on the coordinates that they
+        were seen through, which the functions of `dualgp.influence` take for sites on all.
 
         Raises:
             InputError: if one is not in the posterior, and so cannot be left out.
-            UnsupportedError: if Z has grown since by more than those data were seen through.
+
+        Warns:
+            NumericalWarning: if removals were capped (see `LeftOut.capped`).
         """
         x, y, params = self._check(x, y, params)
-        self.check_seen(Batch(x, y, params))
+        sizes = self.held.sizes_of(rows_of(Batch(x, y, params), self.basis.dtype))
         sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
         if not isinstance(self.likelihood, SoftmaxLikelihood):
             shape = (len(x), self.basis.num_outputs)
             y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
-        return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
-
-    def check_seen(self, batch: Batch) -> None:
-        """Raise unless checked data are held, and were seen through all coordinates that they act on now.
-
-        Raises:
-            InputError: if one is not held.
-            UnsupportedError: if Z has taken in inputs since that tell more of these data than their sites do.
-        """
-        sizes = self.held.sizes_of(rows_of(batch, self.basis.dtype))
-        old = sizes < self.basis.size
-        if not bool(old.any()):
-            return
-        x, before = batch.x[old.to(batch.x.device)], int(sizes.min())
-        beta = float(self.sites_at(batch.x, batch.y, **batch.params).beta.max())
-        for _, features in self.basis.blocks(x):
-            beside = features.phi[..., before:].double().square().sum(-1)
-            if 0.5 * beta * float(beside.max()) > NEWS:
-                raise UnsupportedError(
-                    f"{int(old.sum())} data were added before Z grew, and their sites do not act on all that it sees "
-                    "of them now, so they cannot be left out one by one. Convert all data anew, or use "
-                    "condition(..., grow=0)."
-                )
+        if bool((sizes == self.basis.size).all()):
+            return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
+        return scored(*left_out_of_first(self, x, sites, sizes), y, sites, self.likelihood, **options)
 
     def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.

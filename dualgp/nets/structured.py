@@ -363,8 +363,10 @@ class StructuredSpectrum:
         energy = self.posterior.basis.whitened_theta.square().sum()
         return log_evidence(energy, self.values, self.data, self.prior, s)
 
-    def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
-        """Yield, for blocks of x, the function there at each of the prior precisions sτ."""
+    def blocks(
+        self, x: Tensor, s: Float[Tensor, "k"], size: int | None = None
+    ) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
+        """Yield, for blocks of x, the function there at each of the prior precisions sτ; all coordinates are seen."""
         for rows, phi in self.posterior.blocks(x):
             yield rows, self._sweep(phi, s)
 
