@@ -53,6 +53,7 @@ def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
         "num_data": q.num_data,
         "log_likelihood": q.log_likelihood,
         "offset": q.recentring.offset,
+        "has_forgotten": q.has_forgotten,
         "coupled": basis.coupled,
         "rank_tol": tol,
         "structure": None,
@@ -140,6 +141,7 @@ def _build(
         tensors["pull"].to(device),
         held,
         recentring,
+        bool(config["has_forgotten"]),
     )
 
 

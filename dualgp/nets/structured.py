@@ -186,7 +186,8 @@ class StructuredPosterior:
         """Return the posterior with the sites of inputs x taken out.
 
         Exact in the structure: a whole set of data that was added leaves nothing of itself; part of one subtracts its
-        own Kronecker product, which the product of the whole need not contain.
+        own Kronecker product, which the product of the whole need not contain: off by
+        [n/N · G_rest − (1 − n/N) · G_gone] ⊗ (A_gone − A_rest), n of N data gone, G = Σgᵀβg and A the mean of aaᵀ.
 
         Raises:
             NotPositiveDefiniteError: if no Gaussian is left; the message has the smallest eigenvalue.

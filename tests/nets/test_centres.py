@@ -1,12 +1,15 @@
 """Centre "map" is the mean and evidence of the linearised model under N(0, τ⁻¹I), also where w does not span θ."""
 
+import copy
+
 import pytest
 import reference as ref
 import torch
 from jacobians import jacobian
-from netproblems import F64, NET, SOFTMAX, TAU, TEST, X_NEW, Y_NEW, X, Y, gap, log_lik, theta
+from netproblems import F64, NET, SOFTMAX, TAU, TEST, X_NEW, Y_NEW, X, Y, gap, log_lik, theta, trained
 
 from dualgp import network_gp
+from dualgp.errors import NumericalWarning
 
 FAR = torch.cat([TEST, 4.0 * TEST])
 GRID = torch.tensor([0.05, TAU, 40.0], dtype=F64)
@@ -104,3 +107,20 @@ def test_a_change_of_centre_is_a_conversion_with_the_other(options, centre):
     assert back.log_marginal_likelihood() == pytest.approx(q.log_marginal_likelihood(), rel=1e-9)
     a, b = (p.condition(X_NEW * 3.0, Y_NEW) for p in (q, fresh))
     assert a.with_centre(other).log_marginal_likelihood() == pytest.approx(b.log_marginal_likelihood(), rel=1e-9)
+
+
+def test_the_evidence_after_forgetting_is_that_of_a_maximum_or_warns():
+    """With none left log Z is 0, and is found at a maximum alone; elsewhere it is off by what θ* is from one."""
+    net = trained(copy.deepcopy(NET), SOFTMAX, X, Y, TAU)
+    at_maximum = network_gp(net, (X, Y), SOFTMAX, prior_precision=TAU).forget(X, Y)
+    assert at_maximum.log_marginal_likelihood() == pytest.approx(0.0, abs=1e-5)
+    q = convert(centre="network")
+    with_new = q.condition(X_NEW, Y_NEW)
+    assert with_new.log_marginal_likelihood() < q.log_marginal_likelihood()  # no warning: nothing was forgotten
+    with_new.forget(X_NEW, Y_NEW).with_centre("map").log_marginal_likelihood()
+    less = q.forget(X, Y)
+    with pytest.warns(NumericalWarning, match="no maximum of its posterior.*with_centre"):
+        assert abs(less.log_marginal_likelihood()) > 1.0
+    assert less.with_centre("map").log_marginal_likelihood() == pytest.approx(0.0, abs=1e-8)
+    with pytest.warns(NumericalWarning, match="no evidence"):
+        less.tuned()
