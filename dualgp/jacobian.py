@@ -155,6 +155,8 @@ class JacobianBasis(Basis):
     @torch.no_grad()
     def features(self, x: Tensor) -> Features:
         """Return φ(x), prior (co)variances and f(x; θ*) for all of x at once."""
+        if not len(x):
+            return self._no_features()
         return self._features(self._span.jacobian.block(x))
 
     @torch.no_grad()
@@ -169,6 +171,8 @@ class JacobianBasis(Basis):
         """Return κ(x, x) − φφᵀ between all rows of the features in float64; 0 for the basis of all weights."""
         if not self.has_residual:
             return phi.new_zeros(())
+        if not len(x):
+            return phi @ phi.mT
         rows = self._span.jacobian.block(x)
         K = rows.gram(rows).flatten(2).flatten(0, 1) if self.coupled else rows.gram_independent(rows)
         return self._sd**2 * K.double() - phi @ phi.mT
@@ -294,6 +298,13 @@ class JacobianBasis(Basis):
         if at_Z is None:
             return C * self.jacobian.num_params
         return C * len(at_Z) * (C if self.coupled else 1)
+
+    def _no_features(self) -> Features:
+        """Of no inputs."""
+        C, shape = self.num_outputs, (*self.batch_shape, 0)
+        phi = torch.zeros(*shape, self.size, dtype=self.dtype, device=self.device)
+        none = phi.new_zeros(shape, dtype=torch.float64)
+        return Features(phi, none, none, none.reshape(0, C, C) if self.coupled and self.has_residual else None)
 
     def _features(self, rows: JacobianBlock) -> Features:
         phi = self._span.phi(rows) * self._sd

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from dualgp.basis import Basis, Features, InducingBasis, SiteSum
-from dualgp.errors import BasisMismatchError, InputError
+from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
@@ -216,8 +216,9 @@ class Posterior(Generic[BasisT]):
             generator: source of randomness; torch's default one otherwise.
 
         Raises:
-            InputError: if x has the wrong shape, dtype or device.
+            InputError: if x has the wrong shape, dtype or device, or num_samples is no whole number ≥ 1.
         """
+        check_count("num_samples", num_samples, 1)
         if not self.basis.has_residual:
             return self._sample_weights(x, num_samples, generator)
         joint = self.predict_joint(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dualgp.duals import check_likelihood
-from dualgp.errors import InputError
+from dualgp.errors import InputError, check_count
 from dualgp.jacobian import JacobianBasis, Outputs, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.networks import Selection
@@ -72,8 +72,8 @@ def network_gp(
         inducing_inputs: Z itself, [M, *input_shape].
         structure: "sparse": w spans what the outputs at Z see, the rest keeps its prior; "full": Z are all inputs,
             exact, with NC coordinates at most; "dense": all P weights, exact. None: "sparse" if M or Z is given;
-            else the smaller of dense (P) and full (NC) up to 3000 coordinates; else sparse with M = 3000/C, 50 at
-            least.
+            else the smaller of dense (P; not for independent outputs) and full (NC) up to 3000 coordinates; else sparse
+            with M = 3000/C, 50 at least.
         outputs: "coupled", or "independent" to ignore covariances between outputs: C matrices M × M.
         params: "all" that require a gradient, "last_layer", names, or a predicate of a name (LoRA, for instance).
         centre: "network": the mean is the network's output, and data that are added later move it. "map": the mean of
@@ -104,10 +104,12 @@ def network_gp(
     check_likelihood(likelihood)
     if centre not in get_args(Centre):
         raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
+    if outputs not in get_args(Outputs):
+        raise InputError(f"outputs must be one of {get_args(Outputs)}, got {outputs!r}.")
     source = Source(data, y, likelihood)
     jacobian = NetworkJacobian(network, source.example(), params=params, budget=budget)
     check_outputs(likelihood, jacobian.num_outputs)
-    kind = _kind(structure, num_inducing, inducing_inputs, jacobian, source)
+    kind = _kind(structure, num_inducing, inducing_inputs, outputs, jacobian, source)
     prior: JacobianBasis | StructuredPosterior
     if kind in ("sparse", "full"):
         if inducing_inputs is not None:
@@ -155,18 +157,24 @@ def from_weight_decay(
 
 
 def _kind(
-    structure: str | Structure | None, M: int | None, Z: Tensor | None, jacobian: NetworkJacobian, source: Source
+    structure: str | Structure | None,
+    M: int | None,
+    Z: Tensor | None,
+    outputs: Outputs,
+    jacobian: NetworkJacobian,
+    source: Source,
 ) -> str | Structure:
     if M is not None and Z is not None:
         raise InputError("Give num_inducing or inducing_inputs, not both.")
-    if M is not None and (not isinstance(M, int) or M < 1):
-        raise InputError(f"num_inducing must be a whole number and at least 1, got {M}.")
+    if M is not None:
+        check_count("num_inducing", M, 1)
     given = M is not None or Z is not None
     if structure is None:
         full = jacobian.num_outputs * (0 if given else sum(len(batch.x) for batch in source))
-        if given or min(jacobian.num_params, full) > _MAX_SIZE:
+        weights = jacobian.num_params if outputs == "coupled" else full
+        if given or min(weights, full) > _MAX_SIZE:
             return "sparse"
-        return "dense" if jacobian.num_params <= full else "full"
+        return "dense" if outputs == "coupled" and weights <= full else "full"
     if not isinstance(structure, Structure) and structure not in get_args(Kind):
         raise InputError(f"structure must be one of {get_args(Kind)} or None, got {structure!r}.")
     if given and structure != "sparse":

@@ -15,7 +15,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError
+from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError, check_count
 from dualgp.influence import LeftOut, leave_one_out
 from dualgp.influence.left_out import scored
 from dualgp.jacobian import JacobianBasis, Precision
@@ -129,7 +129,7 @@ class NetworkPosterior:
         """
         if isinstance(self.likelihood, SoftmaxLikelihood):
             log_p = self._class_log_probs(x, link, num_samples, generator)
-            return Categorical(logits=log_p.to(self.basis.dtype))
+            return Categorical(logits=log_p.to(self.basis.dtype), validate_args=None if len(x) else False)
         mean, var = (t.squeeze(-1) if t.shape[-1] == 1 else t for t in self.predict(x))
         with torch.no_grad():
             return predictive_distribution(self.likelihood, mean, var, **params)
@@ -154,7 +154,13 @@ class NetworkPosterior:
             return log_predictive(self.likelihood, y, mean, var, **params)
 
     def nlpd(self, x: Tensor, y: Tensor, **options: Any) -> float:
-        """Return the mean negative log predictive density, in nats per datum (lower is better)."""
+        """Return the mean negative log predictive density, in nats per datum (lower is better).
+
+        Raises:
+            InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
+        """
+        if not len(x):
+            raise InputError("There are no data to score: x has no rows.")
         return float(-self.log_predictive(x, y, **options).mean())
 
     def sites_at(self, x: Tensor, y: Tensor, **params: Tensor) -> Sites:
@@ -203,11 +209,14 @@ class NetworkPosterior:
             params: per-datum parameters, such as `noise` [n].
 
         Raises:
-            InputError: for data of the wrong shape, or targets outside the likelihood's support.
+            InputError: for data of the wrong shape, targets outside the likelihood's support, or a `grow` that is no
+                whole number ≥ 0.
 
         Source: Scannell et al. 2024 (SFR), eq. 14, with the mean anchored at the network.
         """
         x, y, params = self._check(x, y, params)
+        if grow is not None:
+            check_count("grow", grow, 0)
         if not len(x):
             return self
         sites = self.sites_at(x, y, **params)

@@ -17,7 +17,7 @@ from gpytorch.distributions import MultitaskMultivariateNormal
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, UnsupportedError
+from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, UnsupportedError, check_count
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
 from dualgp.kernels.layers import Layer
@@ -143,7 +143,13 @@ class StructuredPosterior:
         return torch.cat(parts).movedim(-1, 0).to(self.basis.dtype)
 
     def sample_weights(self, num_samples: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Return draws of w = √τ(θ − θ*) ~ N(w̄, P⁻¹), in float64. Errors as in `predict`."""
+        """Return draws of w = √τ(θ − θ*) ~ N(w̄, P⁻¹), in float64.
+
+        Raises:
+            InputError: if num_samples is no whole number ≥ 1.
+            UnsupportedError: as in `predict`.
+        """
+        check_count("num_samples", num_samples, 1)
         lam = self.site.lam
         noise = torch.randn(num_samples, len(lam), dtype=lam.dtype, device=lam.device, generator=generator).mT
         scale = (1.0 + self.eigenvalues).rsqrt().unsqueeze(-1)
