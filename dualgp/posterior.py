@@ -94,7 +94,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        mean, cov = self._blocks(x, residual=True)
+        mean, cov = self.double_blocks(x)
         return mean.to(self.basis.dtype), cov.to(self.basis.dtype)
 
     def function_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        return self._blocks(x, residual=False)
+        return self.double_blocks(x, residual=False)
 
     def function_cross(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the parametric covariance φ(x)P⁻¹φ(z)ᵀ, [*batch, T, C, T', C], in float64.
@@ -130,8 +130,8 @@ class Posterior(Generic[BasisT]):
         parts = [self._half(features.phi) for _, features in self.basis.blocks(x)]
         return torch.cat(parts, -2) if parts else self.chol_inv[..., :0, :]
 
-    def _blocks(self, x: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """Mean [*batch, T, C] and covariance [*batch, T, C, C], in float64."""
+    def double_blocks(self, x: Tensor, *, residual: bool = True) -> tuple[Tensor, Tensor]:
+        """Return what `predict_blocks` does, in float64: differences between outputs lose nothing to its rounding."""
         basis = self.basis
         basis.check_inputs(x)
         means, covs = [], []

@@ -475,7 +475,7 @@ class NetworkPosterior:
         return check_batch(self.likelihood, Batch(x, y, params), self.basis.num_outputs, self.basis.device)
 
     def _class_log_probs(self, x: Tensor, link: Link, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        mean, cov = (t.double() for t in self.predict_blocks(x))
+        mean, cov = self.posterior.double_blocks(x)
         return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
 
 

@@ -82,8 +82,8 @@ class Spectrum:
     def of(cls, basis: JacobianBasis, site: Site, prior: Tensor, energy: Tensor) -> Spectrum:
         """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros.
 
-        B is a sum of products in the dtype of the basis, whose rounding makes its null space negative here and there:
-        that is taken for zero.
+        What is taken out of B is found anew in the dtype of the basis, and so may be more than what is there by its
+        rounding, as B of another origin may have been: eigenvalues that are negative by no more are taken for zero.
         """
         values, vectors = torch.linalg.eigh(symmetrise(site.B))
         scale = site.B.shape[-1] * values.abs().amax()

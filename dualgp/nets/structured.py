@@ -111,6 +111,10 @@ class StructuredPosterior:
             covs.append(self.covariance(phi))
         return torch.cat(means), torch.cat(covs)
 
+    def double_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `predict_blocks` does, in float64; there is no residual. Errors as in `predict`."""
+        return self.function_blocks(x)
+
     @torch.no_grad()
     def function_cross(self, x: Tensor, z: Tensor) -> Float[Tensor, "n C m C"]:
         """Return the covariance φ(x)P⁻¹φ(z)ᵀ in float64, by explicit Jacobians of a layer at a time.

@@ -70,7 +70,9 @@ class TermSum:
 
     def __init__(self, basis: JacobianBasis, structured: StructuredPosterior | None = None) -> None:
         self._basis, self._structured = basis.with_zero_mean(True), structured
-        self._sum: Any = SiteSum(basis) if structured is None else StructuredSum(basis, structured.structure)
+        self._sum: Any = (
+            SiteSum(basis, double=True) if structured is None else StructuredSum(basis, structured.structure)
+        )
         self._pull = torch.zeros(*basis.batch_shape, basis.size, dtype=torch.float64, device=basis.device)
         self._offset = 0.0
 
@@ -98,7 +100,7 @@ class TermSum:
         self._sum.add(phi, sites)
 
     def _add(self, features: Features, mean: Tensor, sites: Sites, f: Tensor) -> None:
-        phi = features.phi
+        phi = features.phi.double()
         if self._basis.coupled:
             alpha = sites.alpha(f).flatten()
             self._sum.add_coupled(features, sites)
@@ -106,7 +108,7 @@ class TermSum:
             sites = sites.decoupled(f)
             alpha = sites.alpha(f).mT
             self._sum.add(features, *sites.by_latent())
-        self._pull += (phi.mT @ alpha.to(phi.dtype).unsqueeze(-1)).squeeze(-1)
+        self._pull += (phi.mT @ alpha.unsqueeze(-1)).squeeze(-1)
         if self._basis.has_residual:
             minus_u = mean - f
             self._offset += float((0.5 * (sites.alpha(f) + sites.alpha(mean)) * minus_u).sum())
