@@ -196,9 +196,8 @@ class JacobianBasis(Basis):
 
     def with_zero_mean(self, zero_mean: bool) -> JacobianBasis:
         """Return the basis in the same coordinates, the weights that they do not span with prior mean 0, or θ*."""
-        if zero_mean == self.zero_mean:
-            return self
-        return JacobianBasis(self.jacobian, self.prior_precision, self._span, coupled=self.coupled, zero_mean=zero_mean)
+        same = zero_mean == self.zero_mean
+        return self if same else self._like(self._span, self.prior_precision, zero_mean)
 
     @torch.no_grad()
     def grown(self, x: Tensor) -> JacobianBasis:
@@ -215,8 +214,9 @@ class JacobianBasis(Basis):
         """Return the basis of the first coordinates only: a grown one as it was before."""
         return self._like(self._span.first(size), self.prior_precision)
 
-    def _like(self, span: Span, prior_precision: Precision) -> JacobianBasis:
-        return JacobianBasis(self.jacobian, prior_precision, span, coupled=self.coupled, zero_mean=self.zero_mean)
+    def _like(self, span: Span, prior_precision: Precision, zero_mean: bool | None = None) -> JacobianBasis:
+        zero_mean = self.zero_mean if zero_mean is None else zero_mean
+        return JacobianBasis(self.jacobian, prior_precision, span, coupled=self.coupled, zero_mean=zero_mean)
 
     def carry(self, site: Site, new: Basis) -> Site:
         """Return a site on this basis as one under another prior precision τ', w = √(τ/τ') w', or on a grown basis.

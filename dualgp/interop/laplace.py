@@ -118,7 +118,7 @@ def to_laplace(q: NetworkPosterior) -> Any:
         la.H = (sigma**2 * H).to(basis.dtype)
     elif q.posterior.structure.kind == "diagonal":
         la = laplace.DiagLaplace(model, kind, **options)
-        la.H = (sigma**2 * q.posterior.eigenvalues * scale.square()).to(basis.dtype)
+        la.H = (sigma**2 * q.posterior.eigenbasis.values * scale.square()).to(basis.dtype)
     else:
         la = laplace.KronLaplace(model, kind, **options)
         la.H_facs = laplace.utils.Kron(_kfacs(q.posterior, sigma**2))

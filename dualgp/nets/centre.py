@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dualgp.errors import InputError
 from dualgp.jacobian import JacobianBasis
+from dualgp.nets.structured import StructuredPosterior
+from dualgp.posterior import Posterior
+
+if TYPE_CHECKING:
+    from dualgp.nets.posterior import NetworkPosterior
 
 Centre = Literal["network", "map"]
 
@@ -50,3 +56,26 @@ def centred(basis: JacobianBasis, site: Any, centre: Centre, sign: float = 1.0) 
     if centre == "network":
         return site
     return dataclasses.replace(site, lam=site.lam - sign * basis.coordinates(basis.whitened_theta))
+
+
+def data_site(q: NetworkPosterior) -> Any:
+    """Return the site of the data, without the pull of a prior centred at zero."""
+    return centred(q.basis, q.posterior.site, q.centre, sign=-1.0)
+
+
+def recentred(q: NetworkPosterior, centre: Centre) -> NetworkPosterior:
+    """Return the posterior with the mean of a centre, as if converted with it.
+
+    Raises:
+        InputError: if it is none.
+    """
+    if centre not in get_args(Centre):
+        raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
+    if centre == q.centre:
+        return q
+    more, site = q.recentring.lam if centre == "map" else -q.recentring.lam, data_site(q)
+    site = centred(q.basis, dataclasses.replace(site, lam=site.lam + more), centre)
+    if isinstance(q.posterior, StructuredPosterior):
+        return dataclasses.replace(q, posterior=q.posterior.with_site(site), centre=centre)
+    basis = q.basis.with_zero_mean(centre == "map")
+    return dataclasses.replace(q, posterior=Posterior(basis, site), centre=centre)

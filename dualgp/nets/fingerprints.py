@@ -107,9 +107,9 @@ class Held:
             sizes[where == i] = each[: int(wanted[i])]
         return sizes
 
-    def remove(self, rows: Tensor) -> Held:
-        """Return the multiset without these. Errors as in `sizes_of`."""
-        sizes, left = self.sizes_of(rows), self
+    def remove(self, rows: Tensor, sizes: Int[Tensor, "n"] | None = None) -> Held:
+        """Return the multiset without these; `sizes` are those that `sizes_of` has found. Errors as there."""
+        sizes, left = self.sizes_of(rows) if sizes is None else sizes, self
         for size in sizes.unique().tolist():
             left = left._plus(Held.of(rows.cpu()[sizes == size], size), -1)
         return left

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -15,28 +15,24 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from dualgp.errors import InputError, NotPositiveDefiniteError, UnsupportedError, check_count
-from dualgp.influence import LeftOut, leave_one_out
-from dualgp.influence.left_out import scored
+from dualgp.errors import InputError, check_count
+from dualgp.influence import LeftOut
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
-from dualgp.linalg import psd_part, symmetrise
-from dualgp.nets import links, storage, tuning
-from dualgp.nets.centre import Centre, Recentring, centred
-from dualgp.nets.data import Batch, check_batch, rows_of
+from dualgp.nets import evidence, links, storage, tuning
+from dualgp.nets.centre import Centre, Recentring, recentred
+from dualgp.nets.data import Batch, check_data, rows_of
 from dualgp.nets.fingerprints import Held
-from dualgp.nets.inducing import news
+from dualgp.nets.growth import with_room
+from dualgp.nets.leaving_out import one_by_one
 from dualgp.nets.links import Link
-from dualgp.nets.spectrum import Spectrum
-from dualgp.nets.stationarity import Stationarity, stationarity, warn_unless_maximum
-from dualgp.nets.structured import StructuredPosterior, StructuredSpectrum
-from dualgp.nets.terms import Terms, WeightPosterior, terms_of, with_site
-from dualgp.nets.tuning import Method, left_out_of_first
-from dualgp.posterior import Posterior
+from dualgp.nets.rescaling import under_prior
+from dualgp.nets.spectrum import Spectrum, StructuredSpectrum
+from dualgp.nets.stationarity import Stationarity, stationarity
+from dualgp.nets.terms import Terms, WeightPosterior, terms_of, terms_through, with_site
+from dualgp.nets.tuning import Method
 from dualgp.predictive import log_predictive, predictive_distribution
-from dualgp.sites import Site, Sites
-
-_GAIN = 1e-3  # λᵀP⁻¹λ, in the evidence of a network that the data left leave as it is
+from dualgp.sites import Sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,15 +178,7 @@ class NetworkPosterior:
         Warns:
             NumericalWarning: if removals were capped (see `LeftOut.capped`).
         """
-        x, y, params = self._check(x, y, params)
-        sizes = self.held.sizes_of(rows_of(Batch(x, y, params), self.basis.dtype))
-        sites, options = self.sites_at(x, y, **params), dict[str, Any](params)
-        if not isinstance(self.likelihood, SoftmaxLikelihood):
-            shape = (len(x), self.basis.num_outputs)
-            y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
-        if bool((sizes == self.basis.size).all()):
-            return leave_one_out(self.posterior, x, y, sites, self.likelihood, **options)
-        return scored(*left_out_of_first(self, x, sites, sizes), y, sites, self.likelihood, **options)
+        return one_by_one(self, *self._check(x, y, params))
 
     def condition(self, x: Tensor, y: Tensor, *, grow: int | None = None, **params: Tensor) -> NetworkPosterior:
         """Return the posterior given more data, without retraining: their sites at θ* are added.
@@ -220,7 +208,7 @@ class NetworkPosterior:
         if not len(x):
             return self
         sites = self.sites_at(x, y, **params)
-        q = self._grown(x, float(sites.beta.max()), grow)
+        q = with_room(self, x, float(sites.beta.max()), grow)
         held = self.held.add(rows_of(Batch(x, y, params), self.basis.dtype), q.basis.size)
         return q._plus(terms_of(q.posterior, x, sites), 1, len(x), self._log_prob(x, y, params), held)
 
@@ -244,15 +232,10 @@ class NetworkPosterior:
         if not len(x):
             return self
         rows = rows_of(Batch(x, y, params), self.basis.dtype)
-        sizes, held = self.held.sizes_of(rows), self.held.remove(rows)
-        sites, q = self.sites_at(x, y, **params), self.posterior
-        total = None
-        for size in sizes.unique().tolist():  # those of data that came before Z grew act on fewer coordinates
-            of = (sizes == size).nonzero().flatten().to(x.device)
-            terms = terms_of(q, x[of], sites[of.to(sites.lam.device)], size)
-            total = terms if total is None else total + terms
-        assert total is not None
-        left = self._plus(total, -1, -len(x), -self._log_prob(x, y, params), held)
+        sizes = self.held.sizes_of(rows)
+        terms = terms_through(self.posterior, x, self.sites_at(x, y, **params), sizes)
+        held = self.held.remove(rows, sizes)
+        left = self._plus(terms, -1, -len(x), -self._log_prob(x, y, params), held)
         return dataclasses.replace(left, has_forgotten=True)
 
     def add(self, x: Tensor, sites: Sites) -> NetworkPosterior:
@@ -276,17 +259,7 @@ class NetworkPosterior:
             BasisMismatchError: if it changes by other factors from tensor to tensor in a sparse basis, which then
                 spans other directions: convert anew.
         """
-        basis, q, site = self.basis.with_prior_precision(prior_precision), self.posterior, self._data_site()
-        beside = dataclasses.replace(site, lam=self.recentring.lam)
-        moved: WeightPosterior
-        if isinstance(q, StructuredPosterior):
-            moved, beside = q.with_site(site).rebase(basis), q.with_site(beside).rebase(basis).site
-            moved = moved.with_site(centred(basis, moved.site, self.centre))
-        else:
-            site, beside = (self.basis.carry(s, basis) for s in (site, beside))
-            moved = _gaussian(basis, centred(basis, site, self.centre))
-        recentring = dataclasses.replace(self.recentring, lam=beside.lam)
-        return dataclasses.replace(self, posterior=moved, recentring=recentring)
+        return under_prior(self, prior_precision)
 
     def with_centre(self, centre: Centre) -> NetworkPosterior:
         """Return the posterior with the mean of the other centre, as if converted with it; without the data.
@@ -294,17 +267,7 @@ class NetworkPosterior:
         Raises:
             InputError: if it is not "network" or "map".
         """
-        if centre not in get_args(Centre):
-            raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
-        if centre == self.centre:
-            return self
-        sign = 1.0 if centre == "map" else -1.0
-        site: Any = self._data_site()
-        site = dataclasses.replace(site, lam=site.lam + sign * self.recentring.lam)
-        site = centred(self.basis, site, centre)
-        basis, q = self.basis.with_zero_mean(centre == "map"), self.posterior
-        moved = q.with_site(site) if isinstance(q, StructuredPosterior) else Posterior(basis, site)
-        return dataclasses.replace(self, posterior=moved, centre=centre)
+        return recentred(self, centre)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> float:
         """Return log Z, the evidence, at this prior precision or another one: O(rank) after the first call.
@@ -323,14 +286,7 @@ class NetworkPosterior:
 
         Source: MacKay 1992; Immer et al. 2021.
         """
-        if prior_precision is None:
-            return float(self.sweep_evidence(torch.ones(1)))
-        self.basis.with_prior_precision(prior_precision)  # raises where it is no precision
-        new, old = (torch.as_tensor(tau, dtype=torch.float64) for tau in (prior_precision, self.prior_precision))
-        factor = (new / old).flatten()
-        if bool((factor != factor[0]).any()):
-            return self.with_prior_precision(prior_precision).log_marginal_likelihood()
-        return float(self.sweep_evidence(factor[:1]))
+        return evidence.at_prior(self, prior_precision)
 
     def tuned(
         self,
@@ -392,27 +348,12 @@ class NetworkPosterior:
         Warns:
             NumericalWarning: as `log_marginal_likelihood`.
         """
-        if self.log_likelihood is None:
-            raise UnsupportedError(
-                "The evidence needs log p(y|f) of all data, and sites without targets were added or removed: use "
-                "condition(x, y) and forget(x, y)."
-            )
-        if self.centre == "network" and self.has_forgotten:
-            q = self.posterior
-            if float((q.site.lam * q.mean_w).sum()) > _GAIN:
-                warn_unless_maximum(self.stationarity)
-        offset = self.recentring.offset if self.centre == "map" else 0.0
-        return self.log_likelihood + offset + self.spectrum.log_evidence(factors.double())
+        return evidence.at_factors(self, factors)
 
     @cached_property
     def spectrum(self) -> Spectrum | StructuredSpectrum:
         """The data's precision in its eigenbasis, with which other prior precisions are cheap."""
-        q, site = self.posterior, self._data_site()
-        prior = site.lam - q.site.lam  # √τ Φᵀθ*, or nothing
-        if isinstance(q, StructuredPosterior):
-            return q.spectrum(site, prior)
-        energy = (prior if self.centre == "map" else self.basis.whitened_theta).square().sum()
-        return Spectrum.of(self.basis, site, prior, energy)
+        return evidence.spectrum_of(self)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to a safetensors file, atomically; of the data, fingerprints and inducing inputs only."""
@@ -435,22 +376,6 @@ class NetworkPosterior:
         """
         return storage.load(cls, path, network, likelihood, example)
 
-    def _data_site(self) -> Any:
-        """The site without the pull of a prior centred at zero; with that of the centre "network", which scales so."""
-        return centred(self.basis, self.posterior.site, self.centre, sign=-1.0)
-
-    def _grown(self, x: Tensor, beta: float, limit: int | None) -> NetworkPosterior:
-        """The posterior with room for new data whose sites have precision β at most: at Z and some of their inputs."""
-        q, Z = self.posterior, self.basis.inducing_inputs
-        if isinstance(q, StructuredPosterior) or Z is None or not self.basis.has_residual:
-            return self
-        rows = news(self.basis, x, beta, max(50, len(Z) // 2) if limit is None else limit)
-        if not len(rows):
-            return self
-        basis = self.basis.grown(x[rows])
-        moved = Posterior(basis, centred(basis, self.basis.carry(self._data_site(), basis), self.centre))
-        return dataclasses.replace(self, posterior=moved, recentring=self.recentring.padded(basis.size))
-
     def _plus(self, terms: Terms, sign: int, count: int, log_prob: float | None, held: Held) -> NetworkPosterior:
         """The posterior with what so many data add to it, or without it."""
         known = self.log_likelihood is not None and log_prob is not None
@@ -467,24 +392,8 @@ class NetworkPosterior:
         return float(links.log_prob(self.likelihood, y, self.basis.jacobian(x), **params).sum())
 
     def _check(self, x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Batch:
-        self.basis.check_inputs(x)
-        if not isinstance(y, Tensor):
-            raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
-        if len(x) != len(y):
-            raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
-        return check_batch(self.likelihood, Batch(x, y, params), self.basis.num_outputs, self.basis.device)
+        return check_data(self.basis, self.likelihood, Batch(x, y, params))
 
     def _class_log_probs(self, x: Tensor, link: Link, num_samples: int, generator: torch.Generator | None) -> Tensor:
         mean, cov = self.posterior.double_blocks(x)
         return links.class_log_probs(mean, cov, link, num_samples=num_samples, generator=generator)
-
-
-def _gaussian(basis: JacobianBasis, site: Site) -> Posterior[JacobianBasis]:
-    """The posterior of a site that was scaled up, and with it the rounding of its null space: taken for zero."""
-    try:
-        return Posterior(basis, site)
-    except NotPositiveDefiniteError:
-        values = torch.linalg.eigvalsh(site.B)
-        if values.min() < -basis.size * torch.finfo(basis.dtype).eps * values.max():
-            raise
-        return Posterior(basis, Site(site.lam, symmetrise(psd_part(site.B))))

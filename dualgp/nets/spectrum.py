@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,13 @@ from dualgp.basis import Features
 from dualgp.errors import NotPositiveDefiniteError
 from dualgp.influence.formulas import Shift, removal_shift
 from dualgp.jacobian import JacobianBasis
+from dualgp.kernels import JacobianBlock
 from dualgp.linalg import symmetrise
+from dualgp.nets.eigenbasis import linear
 from dualgp.sites import Site
+
+if TYPE_CHECKING:
+    from dualgp.nets.structured import StructuredPosterior
 
 
 class Seen(NamedTuple):
@@ -161,6 +166,41 @@ class Spectrum:
                 f"At {float(s.min()):.3e} of the present prior precision no Gaussian is left: the sites have smallest "
                 f"eigenvalue {least:.3e}. More was removed than had been added."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredSpectrum:
+    """The site of the data in its eigenbasis, on all weights; see `Spectrum`.
+
+    Args:
+        posterior: at prior precision τ.
+        values: b, [P].
+        data: a = Qᵀλ, [P].
+        prior: c = Qᵀ√τθ*, the same; 0 where the prior is centred at the network.
+    """
+
+    posterior: StructuredPosterior
+    values: Float[Tensor, "P"]
+    data: Float[Tensor, "P"]
+    prior: Float[Tensor, "P"]
+
+    def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+        """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(P)."""
+        energy = self.posterior.basis.whitened_theta.square().sum()
+        return log_evidence(energy, self.values, self.data, self.prior, s)
+
+    def blocks(
+        self, x: Tensor, s: Float[Tensor, "k"], size: int | None = None
+    ) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
+        """Yield, for blocks of x, the function there at each of the prior precisions sτ; all coordinates are seen."""
+        for rows, phi in self.posterior.blocks(x):
+            yield rows, self._sweep(phi, s)
+
+    def _sweep(self, phi: JacobianBlock, s: Tensor) -> Iterator[FunctionBlocks]:
+        for one in s.tolist():
+            w = ((self.data - one * self.prior) / (one + self.values)).unsqueeze(-1)
+            mean = linear(phi, self.posterior.eigenbasis.back(w).squeeze(-1))
+            yield FunctionBlocks(mean, self.posterior.eigenbasis.covariance(phi, one), 0.0)
 
 
 def log_evidence(energy: Tensor, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:

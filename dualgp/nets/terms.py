@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -78,8 +80,8 @@ class TermSum:
 
     def add(self, x: Tensor, sites_at: Callable[[slice, Tensor], Sites]) -> None:
         """Add data x, with `sites_at` the sites of rows of them given f(x; θ*) there, [n, C]."""
-        for rows, f, add in self._blocks(x):
-            add(sites_at(rows, f), f)
+        for rows, f, take in self._blocks(x):
+            take(sites_at(rows, f), f)
 
     def total(self) -> Terms:
         """Return the sum so far."""
@@ -132,6 +134,15 @@ def terms_of(q: WeightPosterior, x: Tensor, sites: Sites, size: int | None = Non
     with torch.no_grad():
         total.add(x, lambda rows, _: sites[rows])
     return total.total().padded(basis.size)
+
+
+def terms_through(q: WeightPosterior, x: Tensor, sites: Sites, sizes: Int[Tensor, "n"]) -> Terms:
+    """Return the terms of n ≥ 1 data, each seen through so many of the first coordinates: as it was when it came."""
+    parts = []
+    for size in sizes.unique().tolist():
+        of = (sizes == size).nonzero().flatten()
+        parts.append(terms_of(q, x[of.to(x.device)], sites[of.to(sites.lam.device)], size))
+    return reduce(add, parts)
 
 
 def with_site(q: WeightPosterior, site: Any) -> WeightPosterior:

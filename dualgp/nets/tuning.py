@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,7 +18,6 @@ from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.links import Link, class_log_probs
 from dualgp.nets.spectrum import FunctionBlocks
 from dualgp.predictive import log_predictive
-from dualgp.sites import Sites
 
 if TYPE_CHECKING:
     from dualgp.nets.posterior import NetworkPosterior
@@ -138,28 +137,6 @@ class Task:
                 mean, var = (t.reshape(batch.y.shape) for t in (mean, cov.diagonal(dim1=-2, dim2=-1)))
                 log_p = log_predictive(q.likelihood, batch.y, mean, var, **batch.params)
             yield log_p.sum(), capped
-
-
-def left_out_of_first(
-    q: NetworkPosterior, x: Tensor, sites: Sites, sizes: Int[Tensor, "n"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, covariance, hat value and whether it was capped of each datum without its site.
-
-    That is on the first so many coordinates, where the datum was added before Z grew.
-    """
-    lam, B = as_matrices(sites)
-    limit, one = limit_of(q.posterior, None), torch.ones(1, dtype=torch.float64)
-    order, parts = [], []
-    for size in sizes.unique().tolist():
-        of = (sizes == size).nonzero().flatten().to(lam.device)
-        order.append(of)
-        for at, sweep in q.spectrum.blocks(x[of.to(x.device)], one, size):
-            mean, cov, shift = next(sweep).without(lam[of[at]], B[of[at]], limit)
-            parts.append((mean, cov, shift.hat, shift.capped))
-    back = torch.cat(order).argsort()
-    mean, cov, hat, capped = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-    warn_capped(capped, limit)
-    return mean, cov, hat, capped
 
 
 def factors_of(q: NetworkPosterior, grid: Tensor | Sequence[float]) -> Float[Tensor, "k"]:
