@@ -99,20 +99,28 @@ class Basis(ABC):
 
 
 class SiteSum:
-    """A running sum, block by block, of the sites that per-datum (λ, β) make on w: Σ (φᵢ(λᵢ − βᵢμᵢ), βᵢφᵢφᵢᵀ)."""
+    """A running sum, block by block, of the sites that per-datum (λ, β) make on w: Σ (φᵢ(λᵢ − βᵢμᵢ), βᵢφᵢφᵢᵀ).
 
-    def __init__(self, basis: Basis) -> None:
+    Args:
+        basis: of w.
+        double: take products in float64, for a sum that will be read under wider priors: rounding in the dtype of the
+            basis is small beside this one, and grows with them.
+    """
+
+    def __init__(self, basis: Basis, *, double: bool = False) -> None:
         self._lam = Site.zero(basis.batch_shape, basis.size, basis.device).lam
         self._gram = GramSum(basis.batch_shape, basis.size, basis.device)
+        self._double = double
 
     def add(self, features: Features, lam: Tensor, beta: Tensor) -> None:
         """Add a block of data; λ and β have their data last."""
-        self._add(features.phi, lam - beta * features.prior_mean, features.phi, beta)
+        phi = features.phi.double() if self._double else features.phi
+        self._add(phi, lam - beta * features.prior_mean, phi, beta)
 
     def add_coupled(self, features: Features, sites: Sites) -> None:
         """Add a block of data of a basis of coupled outputs: B += Σ (Rᵢᵀφᵢ)ᵀ(Rᵢᵀφᵢ), with RᵢRᵢᵀ = βᵢ."""
         alpha = sites.alpha(features.prior_mean.reshape(sites.lam.shape)).flatten()
-        phi = features.phi
+        phi = features.phi.double() if self._double else features.phi
         self._add(phi, alpha, *sites.rotate(phi.unflatten(0, sites.lam.shape)))
 
     def _add(self, phi: Tensor, alpha: Tensor, rows: Tensor, weights: Tensor) -> None:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -241,6 +242,19 @@ def _has_expectation(likelihood: _Likelihood) -> bool:
     if isinstance(likelihood, _OneDimensionalLikelihood | SoftmaxLikelihood):
         return True
     return type(likelihood).expected_log_prob not in (_Likelihood.expected_log_prob, Likelihood.expected_log_prob)
+
+
+def check_param_names(likelihood: Likelihood, names: Iterable[str]) -> None:
+    """Raise unless a likelihood of the libraries takes these parameters per datum: noise if it is fixed, else none.
+
+    Raises:
+        InputError: with the first that it does not take.
+    """
+    library = type(likelihood).__module__.split(".")[0] in ("gpytorch", "dualgp")
+    known = {"noise"} if isinstance(likelihood, FixedNoiseGaussianLikelihood) else set()
+    unknown = sorted(set(names) - known) if library else []
+    if unknown:
+        raise InputError(f"{type(likelihood).__name__} takes no {unknown[0]}= per datum; leave it out.")
 
 
 def check_targets(likelihood: Likelihood, y: Tensor) -> None:

@@ -3,6 +3,8 @@
 Every message says what was expected, what came, and what to do. A call that raises has changed nothing.
 """
 
+from numbers import Integral
+
 
 class DualGPError(Exception):
     """Base of every error that dualgp raises on purpose."""
@@ -34,3 +36,9 @@ class ConvergenceWarning(UserWarning):
 
 class NumericalWarning(UserWarning):
     """A factorisation needed more jitter than was asked for; the message says how much."""
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise InputError unless an argument is a whole number and not less than `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number and at least {least}, got {value!r}.")

@@ -26,7 +26,8 @@ class JacobianBasis(Basis):
 
     Made by `of_weights` (w are all the weights, nothing left out) or by `at_inputs` (w spans what a sample Z of inputs
     sees, the rest keeps its prior). The C outputs share w, so data couple them; or each is a process of its own.
-    Not differentiable in x.
+    Not differentiable in x. With `zero_mean` the weights that w does not span have their prior mean at 0, not at θ*,
+    and μ(x) = f(x; θ*) − u(x), u(x) = J(x)θ* − φ(x)Φᵀ√τθ*; the pull on w itself is a site, (−Φᵀ√τθ*, 0).
 
     Source: Khan et al. 2019 (DNN2GP); Immer et al. 2021 (GLM predictive); Scannell et al. 2024 (SFR), with full blocks.
 
@@ -42,7 +43,13 @@ class JacobianBasis(Basis):
     num_outputs: int
 
     def __init__(
-        self, jacobian: NetworkJacobian, prior_precision: Precision, span: Span, *, coupled: bool = True
+        self,
+        jacobian: NetworkJacobian,
+        prior_precision: Precision,
+        span: Span,
+        *,
+        coupled: bool = True,
+        zero_mean: bool = False,
     ) -> None:
         self.jacobian = jacobian
         self._tau = _per_tensor(jacobian, prior_precision)
@@ -55,6 +62,11 @@ class JacobianBasis(Basis):
         self.num_outputs = jacobian.num_outputs
         self.batch_shape = torch.Size([] if coupled else [self.num_outputs])
         self.has_residual = span.W is not None or span.Phi is not None
+        self.zero_mean = zero_mean
+        self._theta: tuple[Tensor, Tensor] | None = None
+        if zero_mean and self.has_residual:  # √τθ*, and what w sees of it
+            theta = self.whitened_theta
+            self._theta = theta.unsqueeze(-1), self.coordinates(theta).unsqueeze(-1)
 
     @classmethod
     def of_weights(cls, jacobian: NetworkJacobian, prior_precision: Precision) -> JacobianBasis:
@@ -143,6 +155,8 @@ class JacobianBasis(Basis):
     @torch.no_grad()
     def features(self, x: Tensor) -> Features:
         """Return φ(x), prior (co)variances and f(x; θ*) for all of x at once."""
+        if not len(x):
+            return self._no_features()
         return self._features(self._span.jacobian.block(x))
 
     @torch.no_grad()
@@ -157,6 +171,8 @@ class JacobianBasis(Basis):
         """Return κ(x, x) − φφᵀ between all rows of the features in float64; 0 for the basis of all weights."""
         if not self.has_residual:
             return phi.new_zeros(())
+        if not len(x):
+            return phi @ phi.mT
         rows = self._span.jacobian.block(x)
         K = rows.gram(rows).flatten(2).flatten(0, 1) if self.coupled else rows.gram_independent(rows)
         return self._sd**2 * K.double() - phi @ phi.mT
@@ -169,27 +185,38 @@ class JacobianBasis(Basis):
         """
         change = _per_tensor(self.jacobian, prior_precision) / self._tau
         if bool((change - change[0]).abs().max() <= 1e-14 * change[0]):
-            return JacobianBasis(self.jacobian, prior_precision, self._span, coupled=self.coupled)
+            return self._like(self._span, prior_precision)
         Z, tol = self._span.Z, self._span.rank_tol
         if Z is None or not self.has_residual:
             span = replace(self._span, jacobian=_relative(self.jacobian, prior_precision))
-            return JacobianBasis(self.jacobian, prior_precision, span)
+            return self._like(span, prior_precision)
         outputs: Outputs = "coupled" if self.coupled else "independent"
-        return JacobianBasis.at_inputs(self.jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+        new = JacobianBasis.at_inputs(self.jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+        return new.with_zero_mean(self.zero_mean)
+
+    def with_zero_mean(self, zero_mean: bool) -> JacobianBasis:
+        """Return the basis in the same coordinates, the weights that they do not span with prior mean 0, or θ*."""
+        same = zero_mean == self.zero_mean
+        return self if same else self._like(self._span, self.prior_precision, zero_mean)
 
     @torch.no_grad()
     def grown(self, x: Tensor) -> JacobianBasis:
         """Return the basis that sees what the outputs at x see as well; this one where w are all the weights.
 
-        The present coordinates come first in it, so that nothing is lost: `carry` fills sites up with zeros.
+        The present coordinates come first in it, so that nothing is lost: `carry` fills sites of data up with zeros.
+        (Of the pull of a prior with mean 0, a posterior on the new basis needs the new coordinates: Φᵀ√τθ* anew.)
         """
         if not self.has_residual:
             return self
-        return JacobianBasis(self.jacobian, self.prior_precision, self._span.grown(x), coupled=self.coupled)
+        return self._like(self._span.grown(x), self.prior_precision)
 
     def first(self, size: int) -> JacobianBasis:
         """Return the basis of the first coordinates only: a grown one as it was before."""
-        return JacobianBasis(self.jacobian, self.prior_precision, self._span.first(size), coupled=self.coupled)
+        return self._like(self._span.first(size), self.prior_precision)
+
+    def _like(self, span: Span, prior_precision: Precision, zero_mean: bool | None = None) -> JacobianBasis:
+        zero_mean = self.zero_mean if zero_mean is None else zero_mean
+        return JacobianBasis(self.jacobian, prior_precision, span, coupled=self.coupled, zero_mean=zero_mean)
 
     def carry(self, site: Site, new: Basis) -> Site:
         """Return a site on this basis as one under another prior precision τ', w = √(τ/τ') w', or on a grown basis.
@@ -199,6 +226,8 @@ class JacobianBasis(Basis):
         """
         if not isinstance(new, JacobianBasis) or new.jacobian is not self.jacobian:
             raise BasisMismatchError("The site is on another network; project the data anew.")
+        if self.has_residual and self.zero_mean != new.zero_mean:
+            raise BasisMismatchError("The two bases differ in zero_mean, and so in prior mean; project the data anew.")
         more = new.size - self.size
         if more > 0 and self._span.origin is new._span.origin and torch.equal(self._tau, new._tau):
             return Site(pad(site.lam, (0, more)), pad(site.B, (0, more, 0, more)))
@@ -270,9 +299,21 @@ class JacobianBasis(Basis):
             return C * self.jacobian.num_params
         return C * len(at_Z) * (C if self.coupled else 1)
 
+    def _no_features(self) -> Features:
+        """Of no inputs."""
+        C, shape = self.num_outputs, (*self.batch_shape, 0)
+        phi = torch.zeros(*shape, self.size, dtype=self.dtype, device=self.device)
+        none = phi.new_zeros(shape, dtype=torch.float64)
+        return Features(phi, none, none, none.reshape(0, C, C) if self.coupled and self.has_residual else None)
+
     def _features(self, rows: JacobianBlock) -> Features:
         phi = self._span.phi(rows) * self._sd
         f = rows.f.double()
+        if self._theta is not None:
+            theta, seen = self._theta
+            inside = (phi @ seen.to(phi.dtype)).squeeze(-1)
+            outside = self._sd * rows.matmul(theta).squeeze(-1) - (inside if self.coupled else inside.mT)
+            f = f - outside.double()  # u(x)
         if not self.has_residual:
             phi = phi.flatten(0, 1)
             return Features(phi, phi.square().sum(-1).double(), f.flatten())

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from dualgp.basis import Basis, Features, InducingBasis, SiteSum
-from dualgp.errors import BasisMismatchError, InputError
+from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
@@ -94,7 +94,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        mean, cov = self._blocks(x, residual=True)
+        mean, cov = self.double_blocks(x)
         return mean.to(self.basis.dtype), cov.to(self.basis.dtype)
 
     def function_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x has the wrong shape, dtype or device.
         """
-        return self._blocks(x, residual=False)
+        return self.double_blocks(x, residual=False)
 
     def function_cross(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the parametric covariance φ(x)P⁻¹φ(z)ᵀ, [*batch, T, C, T', C], in float64.
@@ -130,8 +130,8 @@ class Posterior(Generic[BasisT]):
         parts = [self._half(features.phi) for _, features in self.basis.blocks(x)]
         return torch.cat(parts, -2) if parts else self.chol_inv[..., :0, :]
 
-    def _blocks(self, x: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """Mean [*batch, T, C] and covariance [*batch, T, C, C], in float64."""
+    def double_blocks(self, x: Tensor, *, residual: bool = True) -> tuple[Tensor, Tensor]:
+        """Return what `predict_blocks` does, in float64: differences between outputs lose nothing to its rounding."""
         basis = self.basis
         basis.check_inputs(x)
         means, covs = [], []
@@ -216,8 +216,9 @@ class Posterior(Generic[BasisT]):
             generator: source of randomness; torch's default one otherwise.
 
         Raises:
-            InputError: if x has the wrong shape, dtype or device.
+            InputError: if x has the wrong shape, dtype or device, or num_samples is no whole number ≥ 1.
         """
+        check_count("num_samples", num_samples, 1)
         if not self.basis.has_residual:
             return self._sample_weights(x, num_samples, generator)
         joint = self.predict_joint(x)
@@ -252,7 +253,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x and the sites do not fit the basis or each other.
         """
-        self._check_sites(self.basis.check_inputs(x), sites)
+        self.check_sites(self.basis.check_inputs(x), sites)
         sites = sites.to(self.basis.device)
         total = SiteSum(self.basis)
         if self.basis.coupled:
@@ -264,7 +265,8 @@ class Posterior(Generic[BasisT]):
             total.add(features, lam[..., rows], beta[..., rows])
         return total.site()
 
-    def _check_sites(self, n: int, sites: Sites) -> None:
+    def check_sites(self, n: int, sites: Sites) -> None:
+        """Raise InputError unless the sites are those of n inputs, for this basis."""
         C = self.basis.num_outputs
         fits = sites.multi_output == (C is not None) and (C is None or sites.lam.shape[-1] == C)
         if len(sites) != n or not fits:

@@ -87,3 +87,34 @@ def trained(net: nn.Module, likelihood, x: Tensor, y: Tensor, tau: float, steps:
         if max(float(p.grad.abs().max()) for p in net.parameters()) < 1e-7:
             break
     return net
+
+
+WIDE = mlp(width=64)  # P = 387, of which the outputs at 6 inputs see 18 directions
+X_FEW, Y_FEW = X[:6], Y[:6]
+
+
+class LowRank(nn.Module):
+    """A linear layer that stays, and a product of rank r beside it that is trained: f(x) = Wx + b + BAx."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2, *, modules: bool = True) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        A, B = 0.5 * inputs(rank, 5, base.in_features), 0.5 * inputs(base.out_features, 6, rank)
+        self.modules_of_its_own = modules
+        if modules:  # as peft has them
+            self.lora_A = nn.Linear(base.in_features, rank, bias=False, dtype=F64)
+            self.lora_B = nn.Linear(rank, base.out_features, bias=False, dtype=F64)
+            self.lora_A.weight.data, self.lora_B.weight.data = A, B
+        else:
+            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.modules_of_its_own:
+            return self.base(x) + self.lora_B(self.lora_A(x))
+        return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def adapted(*, modules: bool = True) -> nn.Sequential:
+    """NET with an adapter of rank 2 beside each of its layers."""
+    net = mlp()
+    return nn.Sequential(LowRank(net[0], modules=modules), nn.Tanh(), LowRank(net[2], modules=modules))

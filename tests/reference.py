@@ -133,3 +133,20 @@ def projected_covariance(J: Tensor, B: Tensor, tau: float, at: Tensor, J_Z: Tens
     inside = glm_covariance(J @ Phi, B, tau, at @ Phi)
     rest = at - at @ Phi @ Phi.T
     return inside + torch.einsum("ncp,mdp->ncmd", rest, rest) / tau
+
+
+def projected_map(
+    J: Tensor, B: Tensor, alpha: Tensor, theta: Tensor, tau: float, at: Tensor, J_Z: Tensor
+) -> tuple[Tensor, float]:
+    """Under θ ~ N(0, τ⁻¹I), of which data are told through what J_Z spans only: θ̂ moves f(x) and log Z by so much.
+
+    Datum i sees f_i + J_iΦΦᵀθ − J_iθ*; a prediction at x is f(x) + J(x)(θ̂ − θ*), with the whole of J(x).
+    """
+    _, s, Vh = torch.linalg.svd(J_Z.flatten(0, 1), full_matrices=False)
+    Phi = Vh[s.square() > 1e-7 * s[0].square()].T
+    seen, offset = J @ Phi @ Phi.T, J @ theta
+    P = tau * torch.eye(len(theta), dtype=J.dtype) + torch.einsum("ncp,ncd,ndq->pq", seen, B, seen)
+    b = torch.einsum("ncp,nc->p", seen, alpha + torch.einsum("ncd,nd->nc", B, offset))
+    gain = -(alpha * offset).sum() - 0.5 * torch.einsum("nc,ncd,nd->", offset, B, offset)
+    gain = gain - 0.5 * torch.logdet(P / tau) + 0.5 * b @ torch.linalg.solve(P, b)
+    return at @ (torch.linalg.solve(P, b) - theta), float(gain)

@@ -24,7 +24,14 @@ from torch.distributions import NegativeBinomial
 from toys import F64, at, gap
 
 from dualgp import dual_parameters, errors, expected_log_prob, likelihoods
-from dualgp.duals import check_likelihood, check_targets, gaussian_noise, num_outputs_of, training_params
+from dualgp.duals import (
+    check_likelihood,
+    check_param_names,
+    check_targets,
+    gaussian_noise,
+    num_outputs_of,
+    training_params,
+)
 
 MEANS, VARS = at(-2.0, -0.5, 0.0, 0.4, 1.5), at(0.5, 0.05, 1.0, 0.3, 0.8)
 HEAVY = at(-2.2, -0.4, 3.0, 0.5, 1.2)
@@ -312,3 +319,19 @@ def test_outputs_that_a_likelihood_fixes():
     check_likelihood(softmax)
     assert num_outputs_of(softmax) == 3
     assert num_outputs_of(MultitaskGaussianLikelihood(num_tasks=4)) == 4
+
+
+def test_parameters_per_datum_are_those_that_a_likelihood_has():
+    noise = FixedNoiseGaussianLikelihood(torch.ones(2))
+    check_param_names(noise, ["noise"])
+    for likelihood in (GaussianLikelihood(), StudentTLikelihood()):
+        check_param_names(likelihood, [])
+        with pytest.raises(errors.InputError, match=f"{type(likelihood).__name__} takes no noise= per datum"):
+            check_param_names(likelihood, ["noise"])
+    with pytest.raises(errors.InputError, match="takes no scale="):
+        check_param_names(noise, ["noise", "scale"])
+
+    class Mine(GaussianLikelihood):
+        """Whose parameters only its author knows."""
+
+    check_param_names(Mine(), ["exposure"])

@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from gpytorch.likelihoods import (
-    BernoulliLikelihood,
-    GaussianLikelihood,
-    Likelihood,
-    MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
-)
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.duals import check_targets, gaussian_noise, training_params
+from dualgp.duals import check_param_names, check_targets, gaussian_noise, training_params
 from dualgp.errors import InputError
 from dualgp.sites import Sites
 
 CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
-_WITHOUT_PARAMS = (GaussianLikelihood, MultitaskGaussianLikelihood, BernoulliLikelihood, SoftmaxLikelihood)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +142,8 @@ def check_data(
     if y.numel():
         check_targets(likelihood, y)
     params = params or {}
+    check_param_names(likelihood, params)
     for name, values in params.items():
-        if type(likelihood) in _WITHOUT_PARAMS:
-            raise InputError(f"{type(likelihood).__name__} takes no {name}= per datum; leave it out.")
         if not isinstance(values, Tensor):
             raise InputError(f"{name}= must be a torch.Tensor with one value per datum, got {type(values).__name__}.")
         if values.shape[-1] != x.shape[-2] or not values.isfinite().all():

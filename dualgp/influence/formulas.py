@@ -34,6 +34,7 @@ def removal_shift(
     *,
     order: Order = "removal",
     max_hat: float = 0.99,
+    cross: Float[Tensor, "*n c c"] | None = None,
 ) -> Shift:
     """Return f_{−i} − f_i and V_{−i} − V_i: how mean and covariance of f_i move when its site is taken out.
 
@@ -43,12 +44,16 @@ def removal_shift(
     or V, both of which may be singular (softmax), and B may have negative eigenvalues. h are the eigenvalues of BV;
     the largest is the hat value, less than 1 whenever the precision behind V contains the site.
 
+    Where the site acts on another function g_i (f_i seen through fewer coordinates), V is that of g_i, and f_i moves
+    with it through their covariance X:  Δf = −X (I − BV)⁻¹ α,  ΔV = X (I − BV)⁻¹ B Xᵀ.
+
     Args:
-        V: parametric covariances, positive semi-definite.
+        V: parametric covariances of what the sites act on, positive semi-definite.
         alpha: α, the pull of the datum: minus the gradient of its loss.
         B: precisions of the sites, symmetric.
         order: "removal", exact for Gaussian sites, or "first", the derivative in the weight of the datum.
         max_hat: h above it is capped there in a removal.
+        cross: X, the parametric covariance of f_i, by rows, with what its site acts on; None: that is f_i itself.
 
     Raises:
         InputError: if shapes do not fit, the order is unknown, or max_hat is not below 1.
@@ -76,8 +81,13 @@ def removal_shift(
     h, U = torch.linalg.eigh(symmetrise(T.mT @ B @ T))
     TU = T @ U
     hat, removal = h[..., -1], order == "removal"
-    kept = h.clamp_max(max_hat)
+    kept, capped = h.clamp_max(max_hat), (hat > max_hat) & removal
+    if cross is not None:  # (I − BV)⁻¹ = I + BTU diag(1/(1 − h)) (TU)ᵀ
+        BTU = B @ TU
+        inner = BTU / (1.0 - kept).unsqueeze(-2) if removal else torch.zeros_like(BTU)
+        push = cross @ (alpha.unsqueeze(-1) + inner @ (TU.mT @ alpha.unsqueeze(-1)))
+        return Shift(-push.squeeze(-1), cross @ (B + inner @ BTU.mT) @ cross.mT, hat, capped)
     gain = kept / (1.0 - kept) if removal else h
     cov = (TU * gain.unsqueeze(-2)) @ TU.mT  # V (I − BV)⁻¹ − V, or VBV
     pull = V + cov if removal else V
-    return Shift(-(pull @ alpha.unsqueeze(-1)).squeeze(-1), cov, hat, (hat > max_hat) & removal)
+    return Shift(-(pull @ alpha.unsqueeze(-1)).squeeze(-1), cov, hat, capped)

@@ -121,7 +121,6 @@ def leave_one_out(
     """
     check_sites(x, sites)
     q = bare(q)
-    y, params = _targets(likelihood, y, sites, params)
     limit = limit_of(q, max_hat)
     parts = []
     for block in blocks_of(q, x, sites):
@@ -130,7 +129,22 @@ def leave_one_out(
         parts.append((block.mean + shift.mean, cov, shift.hat, shift.capped))
     mean, cov, hat, capped = (torch.cat(part) for part in zip(*parts, strict=True))
     warn_capped(capped, limit)
-    index = torch.arange(len(x), device=mean.device)
+    return scored(mean, cov, hat, capped, y, sites, likelihood, **params)
+
+
+def scored(
+    mean: Tensor,
+    cov: Float[Tensor, "n c c"],
+    hat: Float[Tensor, "n"],
+    capped: Bool[Tensor, "n"],
+    y: Tensor,
+    sites: Sites,
+    likelihood: Likelihood,
+    **params: Tensor,
+) -> LeftOut:
+    """Return n data left out one at a time, given what is said of each without it: see `LeftOut`, `leave_one_out`."""
+    y, params = _targets(likelihood, y, sites, params)
+    index = torch.arange(len(mean), device=mean.device)
     return LeftOut(index, index, *_scored(mean, cov, y, sites, likelihood, params), hat, capped)
 
 

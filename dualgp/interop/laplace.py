@@ -24,6 +24,7 @@ from dualgp.errors import InputError, UnsupportedError
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.laplace import laplace_sites
+from dualgp.nets.centre import Recentring
 from dualgp.nets.data import Source, check_batch, rows_of
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
 from dualgp.nets.fingerprints import Held
@@ -77,7 +78,9 @@ def from_laplace(la: Any, data: Any, *, y: Tensor | None = None) -> NetworkPoste
     if count != la.n_data:
         raise InputError(f"laplace-torch was fitted to {la.n_data} data, but {count} were given.")
     fit = float(la.log_likelihood)
-    return NetworkPosterior(posterior, likelihood, "network", la.n_data, fit, pull, held)
+    return NetworkPosterior(
+        posterior, likelihood, "network", la.n_data, fit, pull, held, Recentring(basis.whiten(pull), 0.0)
+    )
 
 
 def to_laplace(q: NetworkPosterior) -> Any:
@@ -115,7 +118,7 @@ def to_laplace(q: NetworkPosterior) -> Any:
         la.H = (sigma**2 * H).to(basis.dtype)
     elif q.posterior.structure.kind == "diagonal":
         la = laplace.DiagLaplace(model, kind, **options)
-        la.H = (sigma**2 * q.posterior.eigenvalues * scale.square()).to(basis.dtype)
+        la.H = (sigma**2 * q.posterior.eigenbasis.values * scale.square()).to(basis.dtype)
     else:
         la = laplace.KronLaplace(model, kind, **options)
         la.H_facs = laplace.utils.Kron(_kfacs(q.posterior, sigma**2))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,20 +12,21 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dualgp.basis import Features, SiteSum
 from dualgp.duals import check_likelihood
-from dualgp.errors import InputError
+from dualgp.errors import InputError, check_count
 from dualgp.jacobian import JacobianBasis, Outputs, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.networks import Selection
 from dualgp.laplace import laplace_sites
+from dualgp.nets.centre import Centre, Recentring, centred
 from dualgp.nets.data import Batch, Source, check_batch, check_outputs, rows_of
 from dualgp.nets.fingerprints import Held
 from dualgp.nets.inducing import sample_inputs
-from dualgp.nets.layerwise import Structure, StructuredSum
+from dualgp.nets.layerwise import Structure
 from dualgp.nets.links import log_prob
-from dualgp.nets.posterior import Centre, NetworkPosterior, centred
+from dualgp.nets.posterior import NetworkPosterior
 from dualgp.nets.structured import StructuredPosterior
+from dualgp.nets.terms import TermSum, with_site
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
@@ -72,12 +72,13 @@ def network_gp(
         inducing_inputs: Z itself, [M, *input_shape].
         structure: "sparse": w spans what the outputs at Z see, the rest keeps its prior; "full": Z are all inputs,
             exact, with NC coordinates at most; "dense": all P weights, exact. None: "sparse" if M or Z is given;
-            else the smaller of dense (P) and full (NC) up to 3000 coordinates; else sparse with M = 3000/C, 50 at
-            least.
+            else the smaller of dense (P; not for independent outputs) and full (NC) up to 3000 coordinates; else sparse
+            with M = 3000/C, 50 at least.
         outputs: "coupled", or "independent" to ignore covariances between outputs: C matrices M × M.
         params: "all" that require a gradient, "last_layer", names, or a predicate of a name (LoRA, for instance).
         centre: "network": the mean is the network's output, and data that are added later move it. "map": the mean of
-            the linearised model, which is the network's only at a maximum of its posterior (see `stationarity`).
+            the linearised model under θ ~ N(0, τ⁻¹I), which is the network's only at a maximum of its posterior (see
+            `stationarity`), and f(x) − J(x)θ* away from all data.
         budget: bytes that Jacobians may take at a time.
         generator: of the choice of Z among the data; a fixed seed if None.
         progress: whether to show a bar; None shows one on a terminal, after a second.
@@ -103,10 +104,12 @@ def network_gp(
     check_likelihood(likelihood)
     if centre not in get_args(Centre):
         raise InputError(f"centre must be one of {get_args(Centre)}, got {centre!r}.")
+    if outputs not in get_args(Outputs):
+        raise InputError(f"outputs must be one of {get_args(Outputs)}, got {outputs!r}.")
     source = Source(data, y, likelihood)
     jacobian = NetworkJacobian(network, source.example(), params=params, budget=budget)
     check_outputs(likelihood, jacobian.num_outputs)
-    kind = _kind(structure, num_inducing, inducing_inputs, jacobian, source)
+    kind = _kind(structure, num_inducing, inducing_inputs, outputs, jacobian, source)
     prior: JacobianBasis | StructuredPosterior
     if kind in ("sparse", "full"):
         if inducing_inputs is not None:
@@ -154,18 +157,24 @@ def from_weight_decay(
 
 
 def _kind(
-    structure: str | Structure | None, M: int | None, Z: Tensor | None, jacobian: NetworkJacobian, source: Source
+    structure: str | Structure | None,
+    M: int | None,
+    Z: Tensor | None,
+    outputs: Outputs,
+    jacobian: NetworkJacobian,
+    source: Source,
 ) -> str | Structure:
     if M is not None and Z is not None:
         raise InputError("Give num_inducing or inducing_inputs, not both.")
-    if M is not None and (not isinstance(M, int) or M < 1):
-        raise InputError(f"num_inducing must be a whole number and at least 1, got {M}.")
+    if M is not None:
+        check_count("num_inducing", M, 1)
     given = M is not None or Z is not None
     if structure is None:
         full = jacobian.num_outputs * (0 if given else sum(len(batch.x) for batch in source))
-        if given or min(jacobian.num_params, full) > _MAX_SIZE:
+        weights = jacobian.num_params if outputs == "coupled" else full
+        if given or min(weights, full) > _MAX_SIZE:
             return "sparse"
-        return "dense" if jacobian.num_params <= full else "full"
+        return "dense" if outputs == "coupled" and weights <= full else "full"
     if not isinstance(structure, Structure) and structure not in get_args(Kind):
         raise InputError(f"structure must be one of {get_args(Kind)} or None, got {structure!r}.")
     if given and structure != "sparse":
@@ -182,48 +191,31 @@ def _accumulate(
     progress: bool | None,
 ) -> NetworkPosterior:
     """Sum the sites of all data on w, and with them log p, Jᵀα and fingerprints."""
+    structured = prior if isinstance(prior, StructuredPosterior) else None
     basis = prior if isinstance(prior, JacobianBasis) else prior.basis
-    total = SiteSum(basis) if isinstance(prior, JacobianBasis) else StructuredSum(basis, prior.structure)
-    jacobian = basis.jacobian
+    total, jacobian = TermSum(basis, structured), basis.jacobian
     pull = torch.zeros(jacobian.num_params, dtype=torch.float64, device=jacobian.device)
-    fit, rows = 0.0, []
+    fit, seen = 0.0, []
     for batch in _counted(source, progress):
         batch = check_batch(likelihood, batch, jacobian.num_outputs, basis.device)
         basis.check_inputs(batch.x)
-        rows.append(rows_of(batch, basis.dtype))
-        for at, f, add in _blocks(prior, total, batch.x):
-            y, params = batch.y[at], {name: value[at] for name, value in batch.params.items()}
+        seen.append(rows_of(batch, basis.dtype))
+
+        def sites_at(rows: slice, f: Tensor, batch: Batch = batch) -> Sites:
+            nonlocal fit, pull
+            y, params = batch.y[rows], {name: value[rows] for name, value in batch.params.items()}
             sites = laplace_sites(likelihood, y, f, **params)
-            pull += jacobian.vjp(batch.x[at], sites.alpha(f)).double()
+            pull = pull + jacobian.vjp(batch.x[rows], sites.alpha(f)).double()
             fit += float(log_prob(likelihood, y, f, **params).sum())
-            add(sites)
-    site: Any = total.site()
-    if centre == "network":
-        site = dataclasses.replace(site, lam=torch.zeros_like(site.lam))
-    site = centred(basis, site, centre)
-    q = Posterior(basis, site) if isinstance(prior, JacobianBasis) else prior.with_site(site)
-    seen = torch.cat(rows)
-    return NetworkPosterior(q, likelihood, centre, len(seen), fit, pull, Held.of(seen, basis.size))
+            return sites
 
-
-def _blocks(
-    prior: JacobianBasis | StructuredPosterior, total: Any, x: Tensor
-) -> Iterator[tuple[slice, Tensor, Callable[[Sites], None]]]:
-    """Yield (data, f [n, C], what adds their sites to the total) of blocks of x."""
-    if isinstance(prior, StructuredPosterior):
-        for rows, phi in prior.blocks(x):
-            yield rows, phi.f.double(), partial(total.add, phi)
-        return
-    for rows, features in prior.blocks(x):
-        f = features.prior_mean.reshape(-1, prior.num_outputs) if prior.coupled else features.prior_mean.mT
-        yield rows, f, partial(_add_features, total, features, f)
-
-
-def _add_features(total: SiteSum, features: Features, f: Tensor, sites: Sites) -> None:
-    if features.phi.ndim == 2:
-        total.add_coupled(features, sites)
-    else:
-        total.add(features, *sites.decoupled(f).by_latent())
+        total.add(batch.x, sites_at)
+    terms = total.total()
+    data = terms.site if centre == "map" else dataclasses.replace(terms.site, lam=torch.zeros_like(terms.pull))
+    q = with_site(structured or Posterior(basis.with_zero_mean(centre == "map")), centred(basis, data, centre))
+    recentring = Recentring(terms.site.lam, terms.offset)
+    held = Held.of(torch.cat(seen), basis.size)
+    return NetworkPosterior(q, likelihood, centre, int(held.counts.sum()), fit, pull, held, recentring)
 
 
 def _counted(source: Source, progress: bool | None) -> Iterator[Batch]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.duals import check_targets, num_outputs_of, training_params
+from dualgp.duals import check_param_names, check_targets, num_outputs_of, training_params
 from dualgp.errors import InputError
+from dualgp.jacobian import JacobianBasis
 from dualgp.nets.fingerprints import fingerprints
 
 
@@ -20,6 +21,14 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     params: dict[str, Tensor]
+
+    def at(self, rows: slice | Tensor) -> Batch:
+        """Return some of the data."""
+
+        def of(values: Tensor) -> Tensor:
+            return values[rows if isinstance(rows, slice) else rows.to(values.device)]
+
+        return Batch(of(self.x), of(self.y), {name: of(value) for name, value in self.params.items()})
 
 
 class Source:
@@ -135,15 +144,26 @@ def check_batch(likelihood: Likelihood, batch: Batch, num_outputs: int, device: 
     if y.is_complex() or y.dtype == torch.bool or not y.isfinite().all():
         raise InputError(f"Targets must be finite real numbers or integer labels, got {y.dtype}; use y.to(x.dtype).")
     check_targets(likelihood, y)
-    library = type(likelihood).__module__.split(".")[0] in ("gpytorch", "dualgp")
-    known = {"noise"} if isinstance(likelihood, FixedNoiseGaussianLikelihood) else set()
-    unknown = sorted(params.keys() - known) if library else []
-    if unknown:
-        raise InputError(f"{type(likelihood).__name__} takes no {unknown[0]}= per datum; leave it out.")
+    check_param_names(likelihood, params)
     for name, value in params.items():
         if value.shape != want or not bool((value.isfinite() & (value > 0)).all()):
             raise InputError(f"{name}= must hold positive numbers of shape {want}, got {tuple(value.shape)}.")
     return Batch(x, y.to(device), {name: value.to(device) for name, value in params.items()})
+
+
+def check_data(basis: JacobianBasis, likelihood: Likelihood, batch: Batch) -> Batch:
+    """Return data given to a posterior as `check_batch` does.
+
+    Raises:
+        InputError: for what it raises, and for inputs or targets that are no tensors, or not as many.
+    """
+    x, y, _ = batch
+    basis.check_inputs(x)
+    if not isinstance(y, Tensor):
+        raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
+    if len(x) != len(y):
+        raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
+    return check_batch(likelihood, batch, basis.num_outputs, basis.device)
 
 
 def rows_of(batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -73,6 +73,10 @@ class Held:
         keys, counts = rows.cpu().unique(return_counts=True)
         return cls(keys, torch.full_like(keys, size), counts)
 
+    def all_through(self, size: int) -> bool:
+        """Return whether all were seen through so many coordinates."""
+        return bool((self.sizes == size).all())
+
     def add(self, rows: Tensor, size: int) -> Held:
         """Return the multiset with these besides, whose sites act on so many coordinates."""
         return self._plus(Held.of(rows, size), 1)
@@ -103,9 +107,9 @@ class Held:
             sizes[where == i] = each[: int(wanted[i])]
         return sizes
 
-    def remove(self, rows: Tensor) -> Held:
-        """Return the multiset without these. Errors as in `sizes_of`."""
-        sizes, left = self.sizes_of(rows), self
+    def remove(self, rows: Tensor, sizes: Int[Tensor, "n"] | None = None) -> Held:
+        """Return the multiset without these; `sizes` are those that `sizes_of` has found. Errors as there."""
+        sizes, left = self.sizes_of(rows) if sizes is None else sizes, self
         for size in sizes.unique().tolist():
             left = left._plus(Held.of(rows.cpu()[sizes == size], size), -1)
         return left

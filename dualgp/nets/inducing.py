@@ -1,4 +1,4 @@
-"""Which inputs stand for all: a sample of the data that no order changes, and those of new data that are news."""
+"""Which inputs stand for all: a sample of the data that no order changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dualgp.errors import InputError
-from dualgp.jacobian import JacobianBasis
 from dualgp.nets.data import Source
 from dualgp.nets.fingerprints import fingerprints
 
@@ -34,39 +33,3 @@ def sample_inputs(source: Source, count: int, dtype: torch.dtype, generator: tor
         first = torch.full_like(keys, len(where)).scatter_reduce_(0, where, torch.arange(len(where)).to(where), "amin")
         keys, kept = keys[:count], kept[first[:count]]
     return kept
-
-
-NEWS = 1e-3  # nats; what an input that Z does not take in may cost
-_CANDIDATES = 2000
-
-
-@torch.no_grad()
-def news(basis: JacobianBasis, x: Tensor, beta: float, limit: int) -> Tensor:
-    """Return the rows of x that Z should take in: by greatest residual given those taken, each worth 1e-3 nats or more.
-
-    A site of precision β at x loses ½ tr β r(x), r the residual: the prior variance that w does not see. Pivoted
-    Cholesky on the trace of the residual covariance; of more than 2000 inputs, of so many evenly spaced.
-
-    Args:
-        basis: at the present Z.
-        x: new inputs.
-        beta: the greatest precision of their sites.
-        limit: how many, at most.
-    """
-    some = torch.linspace(0, len(x) - 1, min(len(x), _CANDIDATES)).round().long()
-    phi = basis.features(x[some]).phi.double()
-    R = basis.residual_covariance(x[some], phi)
-    if basis.coupled:
-        C = basis.num_outputs
-        R = R.unflatten(0, (-1, C)).unflatten(-1, (-1, C)).diagonal(dim1=1, dim2=3).movedim(-1, 0)  # [C, n, n]
-    R, rows = R.sum(0), list[int]()
-    left = R.diagonal().clone()
-    columns = R.new_zeros(0, len(R))
-    while len(rows) < min(limit, len(some)) and 0.5 * beta * float(left.max()) > NEWS:
-        pivot = int(left.argmax())
-        column = (R[pivot] - columns[:, pivot] @ columns) / left[pivot].sqrt()
-        left = (left - column.square()).clamp_min(0.0)
-        left[pivot] = 0.0
-        columns = torch.cat([columns, column.unsqueeze(0)])
-        rows.append(pivot)
-    return some[rows].to(x.device)

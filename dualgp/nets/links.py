@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualgp.duals import conditional_log_prob, gaussian_noise
-from dualgp.errors import InputError
+from dualgp.errors import InputError, check_count
 
 Link = Literal["probit", "mc", "bridge"]
 _NUMBERS = 1 << 22  # in the draws that are held at once
@@ -43,7 +43,7 @@ def class_log_probs(
         generator: of the draws; a fixed seed if None.
 
     Raises:
-        InputError: if the link is unknown.
+        InputError: if the link is unknown, or num_samples no whole number ≥ 1.
 
     Source: MacKay 1992, Gibbs 1997 (probit); Hobbhahn et al. 2022 (bridge). Centring is this package's own.
 
@@ -55,6 +55,7 @@ def class_log_probs(
     """
     if link not in get_args(Link):
         raise InputError(f"link must be one of {get_args(Link)}, got {link!r}.")
+    check_count("num_samples", num_samples, 1)
     C = mean.shape[-1]
     if link == "bridge":
         return _bridge(mean, cov)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,18 +21,46 @@ from torch import Tensor
 
 from dualgp.basis import Features
 from dualgp.errors import NotPositiveDefiniteError
+from dualgp.influence.formulas import Shift, removal_shift
 from dualgp.jacobian import JacobianBasis
+from dualgp.kernels import JacobianBlock
 from dualgp.linalg import symmetrise
+from dualgp.nets.eigenbasis import linear
 from dualgp.sites import Site
+
+if TYPE_CHECKING:
+    from dualgp.nets.structured import StructuredPosterior
+
+
+class Seen(NamedTuple):
+    """What sites of n data act on that were seen through fewer coordinates than there are now, g = μ' + φ'w.
+
+    Its mean [n, C] and parametric covariance [n, C, C], and that of f, by rows, with it [n, C, C].
+    """
+
+    mean: Tensor
+    V: Tensor
+    cross: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class FunctionBlocks:
-    """Of n data, in float64: mean [n, C], parametric covariance V [n, C, C], and the residual's [n, C, C], or 0."""
+    """Of n data, in float64: mean [n, C], parametric covariance V [n, C, C], and the residual's [n, C, C], or 0.
+
+    `seen` is what their sites act on, where that is not f itself.
+    """
 
     mean: Tensor
     V: Tensor
     residual: Tensor | float
+    seen: Seen | None = None
+
+    def without(self, lam: Tensor, B: Tensor, max_hat: float) -> tuple[Tensor, Tensor, Shift]:
+        """Return mean and covariance (residual included) of each datum without its own site (λ, B), and the shift."""
+        mean, V, cross = self.seen or (self.mean, self.V, None)
+        alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
+        shift = removal_shift(V, alpha, B, max_hat=max_hat, cross=cross)
+        return self.mean + shift.mean, self.V + self.residual + shift.cov, shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +87,8 @@ class Spectrum:
     def of(cls, basis: JacobianBasis, site: Site, prior: Tensor, energy: Tensor) -> Spectrum:
         """Return the spectrum of a site on a basis; `prior` is √τ Φᵀθ*, or zeros.
 
-        B is a sum of products in the dtype of the basis, whose rounding makes its null space negative here and there:
-        that is taken for zero.
+        What is taken out of B is found anew in the dtype of the basis, and so may be more than what is there by its
+        rounding, as B of another origin may have been: eigenvalues that are negative by no more are taken for zero.
         """
         values, vectors = torch.linalg.eigh(symmetrise(site.B))
         scale = site.B.shape[-1] * values.abs().amax()
@@ -78,29 +107,57 @@ class Spectrum:
         self._check(s)
         return log_evidence(self.energy, self.values.flatten(), self.data.flatten(), self.prior.flatten(), s)
 
-    def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
+    def blocks(
+        self, x: Tensor, s: Float[Tensor, "k"], size: int | None = None
+    ) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
         """Yield, for blocks of x, the function there at each of the prior precisions sτ, in O(C²r) per datum.
+
+        Args:
+            x: inputs.
+            s: factors on the prior precision.
+            size: through how many of the first coordinates the sites at x were seen; all if None.
 
         Raises:
             NotPositiveDefiniteError: as in `log_evidence`.
         """
         self._check(s)
         for rows, features in self.basis.blocks(x):
-            yield rows, self._sweep(features, s)
+            yield rows, self._sweep(features, s, self.basis.size if size is None else size)
 
-    def _sweep(self, features: Features, s: Tensor) -> Iterator[FunctionBlocks]:
-        C, coupled = self.basis.num_outputs, self.basis.coupled
-        psi = (features.phi @ self.vectors.to(features.phi.dtype)).double()
-        f = features.prior_mean
-        psi = psi.unflatten(0, (-1, C)) if coupled else psi.movedim(0, 1)  # [n, C, r]
-        f = f.reshape(-1, C) if coupled else f.mT
+    def _sweep(self, features: Features, s: Tensor, size: int) -> Iterator[FunctionBlocks]:
+        coupled = self.basis.coupled
+        psi, f = self._rotated(features.phi, slice(None)), self._by_output(features.prior_mean)
+        narrow = size < self.basis.size
+        first = self._rotated(features.phi, slice(size)) if narrow else psi
+        if narrow and self.basis.zero_mean:  # less of θ was seen then, and so more of it was in the prior mean
+            c = (self.vectors @ self.prior.unsqueeze(-1))[..., size:, :].to(features.phi.dtype)
+            f_seen = f - self._by_output((features.phi[..., size:] @ c).squeeze(-1).double())
+        else:
+            f_seen = f
         residual = features.residual_block if coupled else torch.diag_embed(features.residual.mT)
         for one in s.tolist():
             shrink = 1.0 / (one + self.values)  # [r], or [C, r]
-            mean = f + (psi * (shrink * (self.data - one * self.prior))).sum(-1)
-            half = psi * shrink.sqrt()
-            V = half @ half.mT if coupled else torch.diag_embed(half.square().sum(-1))
-            yield FunctionBlocks(mean, V, 0.0 if residual is None else residual / one)
+            w, root = shrink * (self.data - one * self.prior), shrink.sqrt()
+            half = psi * root
+            seen = None
+            if narrow:
+                part = first * root
+                seen = Seen(f_seen + (first * w).sum(-1), self._product(part, part), self._product(half, part))
+            left = 0.0 if residual is None else residual / one
+            yield FunctionBlocks(f + (psi * w).sum(-1), self._product(half, half), left, seen)
+
+    def _rotated(self, phi: Tensor, at: slice) -> Tensor:
+        """φU of some coordinates, [n, C, r] in float64."""
+        psi = (phi[..., at] @ self.vectors[..., at, :].to(phi.dtype)).double()
+        return psi.unflatten(0, (-1, self.basis.num_outputs)) if self.basis.coupled else psi.movedim(0, 1)
+
+    def _by_output(self, values: Tensor) -> Tensor:
+        """Rows of the basis to [n, C]."""
+        return values.reshape(-1, self.basis.num_outputs) if self.basis.coupled else values.mT
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """abᵀ of each datum, [n, C, C]; between an output and itself where they are independent."""
+        return a @ b.mT if self.basis.coupled else torch.diag_embed((a * b).sum(-1))
 
     def _check(self, s: Tensor) -> None:
         least = float(self.values.min())
@@ -109,6 +166,41 @@ class Spectrum:
                 f"At {float(s.min()):.3e} of the present prior precision no Gaussian is left: the sites have smallest "
                 f"eigenvalue {least:.3e}. More was removed than had been added."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredSpectrum:
+    """The site of the data in its eigenbasis, on all weights; see `Spectrum`.
+
+    Args:
+        posterior: at prior precision τ.
+        values: b, [P].
+        data: a = Qᵀλ, [P].
+        prior: c = Qᵀ√τθ*, the same; 0 where the prior is centred at the network.
+    """
+
+    posterior: StructuredPosterior
+    values: Float[Tensor, "P"]
+    data: Float[Tensor, "P"]
+    prior: Float[Tensor, "P"]
+
+    def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+        """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(P)."""
+        energy = self.posterior.basis.whitened_theta.square().sum()
+        return log_evidence(energy, self.values, self.data, self.prior, s)
+
+    def blocks(
+        self, x: Tensor, s: Float[Tensor, "k"], size: int | None = None
+    ) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
+        """Yield, for blocks of x, the function there at each of the prior precisions sτ; all coordinates are seen."""
+        for rows, phi in self.posterior.blocks(x):
+            yield rows, self._sweep(phi, s)
+
+    def _sweep(self, phi: JacobianBlock, s: Tensor) -> Iterator[FunctionBlocks]:
+        for one in s.tolist():
+            w = ((self.data - one * self.prior) / (one + self.values)).unsqueeze(-1)
+            mean = linear(phi, self.posterior.eigenbasis.back(w).squeeze(-1))
+            yield FunctionBlocks(mean, self.posterior.eigenbasis.covariance(phi, one), 0.0)
 
 
 def log_evidence(energy: Tensor, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:

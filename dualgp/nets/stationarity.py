@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from dualgp.errors import NumericalWarning
 from dualgp.jacobian import JacobianBasis
 
 _STATIONARY = 0.1
@@ -64,3 +66,15 @@ def stationarity(basis: JacobianBasis, pull: Tensor, centre: str) -> Stationarit
     return Stationarity(
         float(residual), float(best), float((g - best * prior).norm() / (best.abs() * size.sqrt())), centre
     )
+
+
+def warn_unless_maximum(report: Stationarity) -> None:
+    """Warn that the evidence of what is left of the data is none, if the network is no maximum."""
+    if report.residual > _STATIONARY:
+        warnings.warn(
+            f"Data were forgotten of a network that is no maximum of its posterior (|Jᵀα − τθ*| / |τθ*| = "
+            f"{report.residual:.2g}). With centre 'network' the prior pulls against all data that it was converted "
+            "with, so this is no evidence of those that are left: use with_centre('map'), or convert those anew.",
+            NumericalWarning,
+            stacklevel=3,
+        )

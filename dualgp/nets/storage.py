@@ -14,10 +14,12 @@ from dualgp import files
 from dualgp.errors import DualGPError, InputError, UnsupportedError
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import NetworkJacobian, describe
+from dualgp.nets.centre import Recentring
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
 from dualgp.nets.fingerprints import Held
 from dualgp.nets.layerwise import Structure, StructuredSite
 from dualgp.nets.structured import StructuredPosterior
+from dualgp.nets.terms import WeightPosterior
 from dualgp.posterior import Posterior
 from dualgp.sites import Site
 
@@ -25,7 +27,18 @@ if TYPE_CHECKING:
     from dualgp.nets.posterior import NetworkPosterior
 
 KIND, VERSION = "NetworkPosterior", 1
-KEYS = {"likelihood", "params", "budget", "centre", "num_data", "log_likelihood", "coupled", "rank_tol", "structure"}
+KEYS = {
+    "likelihood",
+    "params",
+    "budget",
+    "centre",
+    "num_data",
+    "log_likelihood",
+    "offset",
+    "coupled",
+    "rank_tol",
+    "structure",
+}
 
 
 def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
@@ -39,6 +52,8 @@ def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
         "centre": q.centre,
         "num_data": q.num_data,
         "log_likelihood": q.log_likelihood,
+        "offset": q.recentring.offset,
+        "has_forgotten": q.has_forgotten,
         "coupled": basis.coupled,
         "rank_tol": tol,
         "structure": None,
@@ -48,7 +63,7 @@ def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
     tensors |= {f"likelihood.{name}": value for name, value in q.likelihood.state_dict().items()}
     tensors["prior_precision"] = torch.as_tensor(q.prior_precision, dtype=torch.float64)
     tensors |= {"pull": q.pull, "keys": q.held.keys, "sizes": q.held.sizes, "counts": q.held.counts}
-    tensors["lam"] = site.lam
+    tensors |= {"lam": site.lam, "recentring": q.recentring.lam}
     if isinstance(q.posterior, StructuredPosterior):
         kept = q.posterior.structure
         blocks = [[key, _describe(block)] for key, block in q.posterior.site.blocks.items()]
@@ -100,8 +115,12 @@ def _build(
     )
     device = jacobian.device
     lam, held = tensors["lam"].to(device), Held(tensors["keys"], tensors["sizes"], tensors["counts"])
-    posterior: Posterior[JacobianBasis] | StructuredPosterior
+    recentring = Recentring(tensors["recentring"].to(device), float(config["offset"]))
+    if recentring.lam.shape != lam.shape:
+        raise InputError("The file's tensors have shapes that do not fit.")
+    posterior: WeightPosterior
     if config["structure"] is None:
+        basis = basis.with_zero_mean(config["centre"] == "map")
         posterior = Posterior(basis, Site(lam, tensors["B"].to(device)))
     else:
         kind, separate_bias, dense_limit, blocks = config["structure"]
@@ -121,6 +140,8 @@ def _build(
         None if fit is None else float(fit),
         tensors["pull"].to(device),
         held,
+        recentring,
+        bool(config["has_forgotten"]),
     )
 
 

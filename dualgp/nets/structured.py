@@ -9,25 +9,24 @@ structure: "diagonal" keeps diag(B), exactly. "kronecker" drops the blocks betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, UnsupportedError
+from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, check_count
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
-from dualgp.kernels.layers import Layer
 from dualgp.linalg import symmetrise
-from dualgp.nets.factors import Kronecker, LayerSpectrum
-from dualgp.nets.layerwise import Key, Structure, StructuredSite, StructuredSum
-from dualgp.nets.spectrum import FunctionBlocks, log_evidence
+from dualgp.nets.eigenbasis import Eigenbasis, linear
+from dualgp.nets.factors import Kronecker
+from dualgp.nets.layerwise import Structure, StructuredSite, StructuredSum
+from dualgp.nets.spectrum import StructuredSpectrum
 from dualgp.sites import Sites
 
-Spectra = Mapping[Key, LayerSpectrum | None]
 _BLOCK_BYTES, _MIN_ROWS = 16 << 20, 64  # of a block of rows: more is not faster
 
 
@@ -66,7 +65,7 @@ class StructuredPosterior:
         site: StructuredSite | None = None,
         structure: Structure | str = "kronecker",
         *,
-        _spectra: Spectra | None = None,
+        _eigenbasis: Eigenbasis | None = None,
     ) -> None:
         if basis.has_residual or not basis.coupled:
             raise InputError("A structured posterior is over all weights: use JacobianBasis.of_weights(...).")
@@ -76,10 +75,8 @@ class StructuredPosterior:
             raise BasisMismatchError(f"The basis has {basis.size} coordinates, the site {tuple(site.lam.shape)}.")
         self.basis, self.site = basis, site
         self.structure = Structure(structure) if isinstance(structure, str) else structure  # type: ignore[arg-type]
-        if _spectra is None:
-            _spectra = {key: block.spectrum(self.structure.dense_limit) for key, block in site.blocks.items()}
-        self._spectra = _spectra
-        smallest = min((float(s.values.min()) for s in _spectra.values() if s is not None), default=0.0)
+        self.eigenbasis = _eigenbasis or Eigenbasis.of(basis.jacobian, self.structure, site)
+        smallest = self.eigenbasis.smallest
         if not smallest > -1.0:
             raise NotPositiveDefiniteError(
                 f"The posterior precision has smallest eigenvalue {1 + smallest:.3e}; a Gaussian needs it positive. "
@@ -108,8 +105,12 @@ class StructuredPosterior:
         means, covs = [w.new_zeros(0, C)], [w.new_zeros(0, C, C)]
         for _, phi in self.blocks(x):
             means.append(linear(phi, w))
-            covs.append(self.covariance(phi))
+            covs.append(self.eigenbasis.covariance(phi))
         return torch.cat(means), torch.cat(covs)
+
+    def double_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `predict_blocks` does, in float64; there is no residual. Errors as in `predict`."""
+        return self.function_blocks(x)
 
     @torch.no_grad()
     def function_cross(self, x: Tensor, z: Tensor) -> Float[Tensor, "n C m C"]:
@@ -123,9 +124,7 @@ class StructuredPosterior:
         out = self.site.lam.new_zeros(len(x), C, len(z), C)
         for columns, right in self.blocks(z):
             for rows, left in self.blocks(x):
-                pairs = zip(self._layers(left), self._layers(right), strict=True)
-                for mine, theirs in pairs:
-                    out[rows, :, columns] += self._spectrum(mine.tensors).cross(mine, theirs, 1.0)
+                out[rows, :, columns] = self.eigenbasis.cross(left, right)
         return out
 
     def predict_joint(self, x: Tensor) -> MultitaskMultivariateNormal:
@@ -143,11 +142,17 @@ class StructuredPosterior:
         return torch.cat(parts).movedim(-1, 0).to(self.basis.dtype)
 
     def sample_weights(self, num_samples: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Return draws of w = √τ(θ − θ*) ~ N(w̄, P⁻¹), in float64. Errors as in `predict`."""
+        """Return draws of w = √τ(θ − θ*) ~ N(w̄, P⁻¹), in float64.
+
+        Raises:
+            InputError: if num_samples is no whole number ≥ 1.
+            UnsupportedError: as in `predict`.
+        """
+        check_count("num_samples", num_samples, 1)
         lam = self.site.lam
         noise = torch.randn(num_samples, len(lam), dtype=lam.dtype, device=lam.device, generator=generator).mT
-        scale = (1.0 + self.eigenvalues).rsqrt().unsqueeze(-1)
-        return (self.mean_w.unsqueeze(-1) + self.from_eigenbasis(scale * noise)).mT
+        scale = (1.0 + self.eigenbasis.values).rsqrt().unsqueeze(-1)
+        return (self.mean_w.unsqueeze(-1) + self.eigenbasis.back(scale * noise)).mT
 
     @property
     def mean_w(self) -> Float[Tensor, "P"]:
@@ -155,8 +160,8 @@ class StructuredPosterior:
         lam = self.site.lam.unsqueeze(-1)
         if not bool(lam.any()):
             return self.site.lam
-        scale = 1.0 / (1.0 + self.eigenvalues).unsqueeze(-1)
-        return self.from_eigenbasis(scale * self.to_eigenbasis(lam)).squeeze(-1)
+        scale = 1.0 / (1.0 + self.eigenbasis.values).unsqueeze(-1)
+        return self.eigenbasis.back(scale * self.eigenbasis.forward(lam)).squeeze(-1)
 
     @torch.no_grad()
     def project(self, x: Tensor, sites: Sites) -> StructuredSite:
@@ -172,7 +177,7 @@ class StructuredPosterior:
         """Return the site on w of one set of data that comes in batches, in any order. Errors as in `project`."""
         total = StructuredSum(self.basis, self.structure)
         for x, sites in batches:
-            self._check_sites(self.basis.check_inputs(x), sites)
+            self.check_sites(self.basis.check_inputs(x), sites)
             sites = sites.to(self.basis.device)
             for rows, phi in self.blocks(x):
                 total.add(phi, sites[rows])
@@ -186,7 +191,8 @@ class StructuredPosterior:
         """Return the posterior with the sites of inputs x taken out.
 
         Exact in the structure: a whole set of data that was added leaves nothing of itself; part of one subtracts its
-        own Kronecker product, which the product of the whole need not contain.
+        own Kronecker product, which the product of the whole need not contain: off by
+        [n/N · G_rest − (1 − n/N) · G_gone] ⊗ (A_gone − A_rest), n of N data gone, G = Σgᵀβg and A the mean of aaᵀ.
 
         Raises:
             NotPositiveDefiniteError: if no Gaussian is left; the message has the smallest eigenvalue.
@@ -211,8 +217,8 @@ class StructuredPosterior:
 
     def with_site(self, site: StructuredSite) -> StructuredPosterior:
         """Return the posterior of another site, in the same basis and structure; free if only λ is another."""
-        spectra = self._spectra if site.blocks is self.site.blocks else None
-        return StructuredPosterior(self.basis, site, self.structure, _spectra=spectra)
+        same = self.eigenbasis if site.blocks is self.site.blocks else None
+        return StructuredPosterior(self.basis, site, self.structure, _eigenbasis=same)
 
     def rebase(self, basis: JacobianBasis) -> StructuredPosterior:
         """Return this posterior under another prior precision, `basis.with_prior_precision(τ)`; exact.
@@ -229,9 +235,8 @@ class StructuredPosterior:
         lam = factor.repeat_interleave(sizes) * self.site.lam
         blocks = {key: block.rescaled(factor[list(key)]) for key, block in self.site.blocks.items()}
         uniform = bool((factor == factor[0]).all())
-        spectra = {k: s and replace(s, values=s.values * factor[0] ** 2) for k, s in self._spectra.items()}
-        site = StructuredSite(lam, blocks)
-        return StructuredPosterior(basis, site, self.structure, _spectra=spectra if uniform else None)
+        same = self.eigenbasis.scaled(factor[0] ** 2) if uniform else None
+        return StructuredPosterior(basis, StructuredSite(lam, blocks), self.structure, _eigenbasis=same)
 
     def nearest(self) -> StructuredPosterior:
         """Return an approximation: each layer's sum of Kronecker products replaced by the nearest single one.
@@ -249,11 +254,11 @@ class StructuredPosterior:
         """
         if prior_precision is not None:
             return self.rebase(self.basis.with_prior_precision(prior_precision)).logdet()
-        return self.eigenvalues.log1p().sum()
+        return self.eigenbasis.values.log1p().sum()
 
     def kl(self) -> Tensor:
         """Return KL(q ‖ prior) in nats: ½ [tr P⁻¹ − P + log|P| + |w̄|²]."""
-        e = self.eigenvalues
+        e = self.eigenbasis.values
         return 0.5 * (e.log1p() - e / (1.0 + e)).sum() + 0.5 * self.mean_w.square().sum()
 
     def spectrum(self, site: StructuredSite, prior: Float[Tensor, "P"]) -> StructuredSpectrum:
@@ -263,8 +268,8 @@ class StructuredPosterior:
             site: with the precision of this posterior's.
             prior: √τ θ*, or zeros where the prior is centred at the network.
         """
-        turned = [self.to_eigenbasis(v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior)]
-        return StructuredSpectrum(self, self.eigenvalues, *turned)
+        turned = [self.eigenbasis.forward(v.unsqueeze(-1)).squeeze(-1) for v in (site.lam, prior)]
+        return StructuredSpectrum(self, self.eigenbasis.values, *turned)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[slice, JacobianBlock]]:
         """Yield (data, f and φ = J/√τ by layers) of blocks of x of bounded memory."""
@@ -274,110 +279,14 @@ class StructuredPosterior:
             for rows, phi in jacobian.blocks(x[start : start + step]):
                 yield slice(start + rows.start, start + rows.stop), phi
 
-    @property
-    def eigenvalues(self) -> Float[Tensor, "P"]:
-        """Those of B, in the order of `to_eigenbasis`; 0 where data have said nothing."""
-        out = torch.zeros_like(self.site.lam).unsqueeze(-1)
-        for key in self._spectra:
-            self._put(out, key, self._spectrum(key).values.unsqueeze(-1))
-        return out.squeeze(-1)
-
-    def to_eigenbasis(self, v: Float[Tensor, "P r"]) -> Float[Tensor, "P r"]:
-        """Return Qᵀv, with B = Q diag(eigenvalues) Qᵀ."""
-        out = v.clone()
-        for key in self._spectra:
-            self._put(out, key, self._spectrum(key).forward(self._take(v, key)))
-        return out
-
-    def from_eigenbasis(self, v: Float[Tensor, "P r"]) -> Float[Tensor, "P r"]:
-        """Return Qv."""
-        out = v.clone()
-        for key in self._spectra:
-            self._put(out, key, self._spectrum(key).back(self._take(v, key)))
-        return out
-
-    @torch.no_grad()
-    def covariance(self, phi: JacobianBlock, scale: float = 1.0) -> Float[Tensor, "n C C"]:
-        """Return φ(scale · I + B)⁻¹φᵀ of each row, in float64."""
-        layers = self._layers(phi)
-        return torch.stack([self._spectrum(layer.tensors).quad(layer, scale) for layer in layers]).sum(0).double()
-
-    def _layers(self, phi: JacobianBlock) -> list[Layer]:
-        layers = list(self.structure.layers(phi))
-        unknown = set(self._spectra) - {layer.tensors for layer in layers}
-        if unknown:
-            raise BasisMismatchError(
-                f"The site has blocks of the tensors {sorted(unknown)}, which are no layers of the structure "
-                f"{self.structure}: it was made for another one."
-            )
-        return layers
-
-    def _spectrum(self, key: Key) -> LayerSpectrum:
-        spectrum = self._spectra.get(key, LayerSpectrum())
-        if spectrum is None:
-            names = [self.basis.jacobian.names[t] for t in key]
-            raise UnsupportedError(
-                f"The curvature of {names} is a sum of Kronecker products of several sets of data, which has no "
-                f"factors, and it has more than dense_limit = {self.structure.dense_limit} parameters. Take the "
-                "nearest single product with nearest(), an approximation; raise dense_limit; or project all data as "
-                "one set."
-            )
-        return spectrum
-
-    def _take(self, v: Tensor, key: Key) -> Tensor:
-        return torch.cat([v[self.basis.jacobian.slices[t]] for t in key])
-
-    def _put(self, out: Tensor, key: Key, values: Tensor) -> None:
-        slices = [self.basis.jacobian.slices[t] for t in key]
-        for at, piece in zip(slices, values.split([s.stop - s.start for s in slices]), strict=True):
-            out[at] = piece
-
-    def _check_sites(self, n: int, sites: Sites) -> None:
+    def check_sites(self, n: int, sites: Sites) -> None:
+        """Raise InputError unless the sites are those of n inputs, for this basis."""
         C = self.basis.num_outputs
         if len(sites) != n or not sites.multi_output or sites.lam.shape[-1] != C:
             raise InputError(
                 f"{n} inputs and num_outputs={C} need sites of shape [{n}, {C}] with multi_output=True, got "
                 f"{tuple(sites.lam.shape)}."
             )
-
-
-@dataclass(frozen=True, eq=False)
-class StructuredSpectrum:
-    """The site of the data in its eigenbasis, on all weights; see `dualgp.nets.spectrum.Spectrum`.
-
-    Args:
-        posterior: at prior precision τ.
-        values: b, [P].
-        data: a = Qᵀλ, [P].
-        prior: c = Qᵀ√τθ*, the same; 0 where the prior is centred at the network.
-    """
-
-    posterior: StructuredPosterior
-    values: Float[Tensor, "P"]
-    data: Float[Tensor, "P"]
-    prior: Float[Tensor, "P"]
-
-    def log_evidence(self, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-        """Return log Z(s) − Σ log p(y_i|f_i) at prior precisions sτ, each in O(P)."""
-        energy = self.posterior.basis.whitened_theta.square().sum()
-        return log_evidence(energy, self.values, self.data, self.prior, s)
-
-    def blocks(self, x: Tensor, s: Float[Tensor, "k"]) -> Iterator[tuple[slice, Iterator[FunctionBlocks]]]:
-        """Yield, for blocks of x, the function there at each of the prior precisions sτ."""
-        for rows, phi in self.posterior.blocks(x):
-            yield rows, self._sweep(phi, s)
-
-    def _sweep(self, phi: JacobianBlock, s: Tensor) -> Iterator[FunctionBlocks]:
-        for one in s.tolist():
-            w = ((self.data - one * self.prior) / (one + self.values)).unsqueeze(-1)
-            mean = linear(phi, self.posterior.from_eigenbasis(w).squeeze(-1))
-            yield FunctionBlocks(mean, self.posterior.covariance(phi, one), 0.0)
-
-
-def linear(phi: JacobianBlock, w: Float[Tensor, "P"]) -> Float[Tensor, "n C"]:
-    """Return f(x; θ*) + φw in float64."""
-    f = phi.f.double()
-    return f + phi.matmul(w.unsqueeze(-1)).squeeze(-1).double() if bool(w.any()) else f
 
 
 def _tau(basis: JacobianBasis) -> Float[Tensor, "tensors"]:

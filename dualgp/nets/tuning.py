@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from dualgp.errors import InputError
 from dualgp.influence.blocks import as_matrices, limit_of, warn_capped
-from dualgp.influence.formulas import removal_shift
 from dualgp.nets.data import Batch, Source, check_batch, rows_of
 from dualgp.nets.links import Link, class_log_probs
 from dualgp.nets.spectrum import FunctionBlocks
@@ -60,32 +59,49 @@ class Task:
             raise InputError(f"{method} needs data (x, y): {kind}.")
         return cls(q, method, Source(data, y, q.likelihood) if given else None, link, progress)
 
-    def scores(self, factors: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-        """Return what each multiple of the prior precision scores, in nats; higher is better."""
+    def scores(self, factors: Float[Tensor, "k"], *, checked: bool = False) -> Float[Tensor, "k"]:
+        """Return what each multiple of the prior precision scores, in nats; higher is better.
+
+        Args:
+            factors: the multiples.
+            checked: whether these data are known to be held.
+        """
         q = self.q
         if self.source is None:
             return q.sweep_evidence(factors)
-        total, rows_seen, capped = torch.zeros_like(factors, device=q.basis.device), [], []
+        leaving = self.method == "leave_one_out"
+        known = checked and q.held.all_through(q.basis.size)
+        total, rows_seen, capped, count = torch.zeros_like(factors, device=q.basis.device), [], [], 0
         disable = None if self.progress is None else not self.progress
         with tqdm(desc=self.method, unit="row", leave=False, delay=1.0, disable=disable) as bar:
             for batch in self.source:
                 batch = check_batch(q.likelihood, batch, q.basis.num_outputs, q.basis.device)
                 q.basis.check_inputs(batch.x)
-                rows_seen.append(rows_of(batch, q.basis.dtype))
-                if self.method == "leave_one_out":
-                    q.check_seen(batch)
-                for rows, sweep in q.spectrum.blocks(batch.x, factors):
-                    part = Batch(batch.x[rows], batch.y[rows], {k: v[rows] for k, v in batch.params.items()})
-                    scored, over = zip(*self._score(part, sweep), strict=True)
-                    total += torch.stack(scored)
-                    capped.append(torch.stack(over))
-                    bar.update(len(part.x))
-        seen = torch.cat(rows_seen)
-        if self.method == "leave_one_out":
-            q.held.sizes_of(seen)  # raises if one was counted twice
-            at = torch.cat(capped, -1)[total.argmax()]  # the rest is not chosen
-            warn_capped(at, limit_of(q.posterior, None))
-        return total / len(seen)
+                rows = rows_of(batch, q.basis.dtype) if leaving and not known else None
+                if rows is not None:
+                    rows_seen.append(rows)
+                for part, size in self._parts(batch, rows):
+                    for at, sweep in q.spectrum.blocks(part.x, factors, size):
+                        scored, over = zip(*self._score(part.at(at), sweep), strict=True)
+                        total += torch.stack(scored)
+                        capped.append(torch.stack(over))
+                count += len(batch.x)
+                bar.update(len(batch.x))
+        if leaving:
+            if not checked:
+                q.held.sizes_of(torch.cat(rows_seen))  # raises if one was counted twice
+            at_best = torch.cat(capped, -1)[total.argmax()]  # the rest is not chosen
+            warn_capped(at_best, limit_of(q.posterior, None))
+        return total / count
+
+    def _parts(self, batch: Batch, rows: Tensor | None) -> Iterator[tuple[Batch, int | None]]:
+        """The data by how many coordinates they were seen through; None for all."""
+        if rows is None:
+            yield batch, None
+            return
+        sizes = self.q.held.sizes_of(rows)
+        for size in sizes.unique().tolist():
+            yield batch.at(sizes == size), size
 
     def best(self, factors: Float[Tensor, "k"]) -> float:
         """Return the best multiple of the prior precision: on the grid, then twice on finer ones beside the best.
@@ -95,8 +111,8 @@ class Task:
         """
         task = replace(self, q=self.q.with_centre("map")) if self.method == "leave_one_out" else self
         factors = factors.sort().values
-        for _ in range(3):
-            values = task.scores(factors)
+        for step in range(3):
+            values = task.scores(factors, checked=step > 0)
             best = int(values.nan_to_num(nan=-float("inf")).argmax())
             found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
             if len(factors) == 1:
@@ -113,9 +129,8 @@ class Task:
             mean, cov = function.mean, function.V + function.residual
             capped = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
             if lam is not None and B is not None:
-                alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
-                shift = removal_shift(function.V, alpha, B, max_hat=limit_of(q.posterior, None))
-                mean, cov, capped = mean + shift.mean, cov + shift.cov, shift.capped
+                mean, cov, shift = function.without(lam, B, limit_of(q.posterior, None))
+                capped = shift.capped
             if isinstance(q.likelihood, SoftmaxLikelihood):
                 log_p = class_log_probs(mean, cov, self.link).gather(-1, batch.y.long().unsqueeze(-1))
             else:

@@ -60,6 +60,7 @@ BROKEN[0].weight.data[0, 0] = float("inf")
         ((X, Y), SOFTMAX, {"inducing_inputs": X[:3, :1]}, "must have shape"),
         ((X, Y), SOFTMAX, {"outputs": "independent", "structure": "dense"}, "function space"),
         ((X, Y), SOFTMAX, {"outputs": "independent", "structure": "kronecker"}, "function space"),
+        ((X, Y), SOFTMAX, {"outputs": "both"}, "outputs must be one of"),
         ((X, Y), SOFTMAX, {"structure": "lowrank"}, "structure must be one of"),
         ((X, Y), SOFTMAX, {"centre": "zero"}, "centre must be one of"),
         ((X, Y), SOFTMAX, {"budget": 10}, "Raise the budget"),
@@ -187,3 +188,50 @@ def test_prior_precisions_by_tensor_are_the_callers_to_write_to_or_may_be_a_list
     assert torch.allclose(of_list.prior_precision.double(), before.prior_precision)
     tau *= 100.0
     assert torch.equal(q.tuned().prior_precision, before.prior_precision)
+
+
+STRUCTURES = [
+    {},
+    {"num_inducing": 4},
+    {"num_inducing": 4, "outputs": "independent"},
+    {"structure": "full"},
+    {"structure": "kronecker"},
+]
+
+
+@pytest.mark.parametrize("options", STRUCTURES)
+def test_no_inputs_are_predicted_as_nothing_and_have_no_mean_score(options):
+    q = network_gp(NET, (X, Y), SOFTMAX, **options)
+    x, y = X[:0], Y[:0]
+    assert [t.shape for t in q.predict(x)] == [(0, 3), (0, 3)]
+    assert [t.shape for t in q.predict_blocks(x)] == [(0, 3), (0, 3, 3)]
+    assert q.predict_joint(x).event_shape == (0, 3)
+    assert q.sample(x, 2).shape == (2, 0, 3)
+    for link in ("probit", "mc", "bridge"):
+        assert q.predict_likelihood(x, link=link).probs.shape == (0, 3)
+    assert q.log_predictive(x, y).shape == (0,)
+    assert q.add(x, q.sites_at(x, y)).num_data == 30
+    with pytest.raises(InputError, match="no data to score"):
+        q.nlpd(x, y)
+    with pytest.raises(InputError, match="0 inputs"):
+        q.leave_one_out(x, y)
+
+
+@pytest.mark.parametrize("options", STRUCTURES)
+def test_counts_are_whole_numbers(options):
+    q = network_gp(NET, (X, Y), SOFTMAX, **options)
+    with unchecked():
+        for bad in (-3, 2.5, True, "a"):
+            with pytest.raises(InputError, match="grow must be a whole number and at least 0, got"):
+                q.condition(X_NEW, Y_NEW, grow=bad)
+        for bad in (-1, 0, 2.5):
+            with pytest.raises(InputError, match="num_samples must be a whole number and at least 1, got"):
+                q.sample(TEST, bad)
+            with pytest.raises(InputError, match="num_samples must be a whole number"):
+                q.predict_likelihood(TEST, link="mc", num_samples=bad)
+
+
+def test_independent_outputs_choose_a_structure_in_function_space():
+    q = network_gp(NET, (X, Y), SOFTMAX, outputs="independent")  # NC = 90 > P = 27
+    full = network_gp(NET, (X, Y), SOFTMAX, outputs="independent", structure="full")
+    assert torch.equal(q.predict(TEST)[1], full.predict(TEST)[1])

@@ -190,7 +190,7 @@ def _has_two(q: StructuredPosterior) -> bool:
 
 def test_samples_have_the_posterior_covariance(case, q):
     """Exactly: the map from noise to weights is a root of P⁻¹."""
-    root = q.from_eigenbasis(torch.diag((1.0 + q.eigenvalues).rsqrt()))
+    root = q.eigenbasis.back(torch.diag((1.0 + q.eigenbasis.values).rsqrt()))
     P = torch.eye(q.basis.size, dtype=F64) + assembled(q)
     torch.testing.assert_close(root @ root.T, P.inverse(), rtol=1e-10, atol=1e-11)
     f = q.sample(case.T, 4, generator=torch.Generator().manual_seed(0))

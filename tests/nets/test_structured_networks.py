@@ -8,6 +8,7 @@ from toys import F64
 
 from dualgp import NetworkPosterior, leave_one_out, leverage, network_gp
 from dualgp.nets import Structure
+from dualgp.nets.factors import Kronecker
 
 X, Y = torch.randn(30, 2, generator=torch.Generator().manual_seed(1), dtype=F64), torch.arange(30) % 3
 T = torch.linspace(-2, 2, 10, dtype=F64).view(5, 2)
@@ -62,3 +63,20 @@ def test_one_output_and_influence():
     torch.testing.assert_close(leverage(q.posterior, X, sites), (sites.beta * V[..., 0]).squeeze(-1))
     left = leave_one_out(q.posterior, X, y.unsqueeze(-1), sites, q.likelihood)
     torch.testing.assert_close(left.mean, q.leave_one_out(X, y).mean)
+
+
+def test_what_a_kronecker_product_of_all_data_keeps_of_a_part_that_was_forgotten():
+    """[n/N · G_rest − (1 − n/N) · G_gone] ⊗ (A_gone − A_rest) of each layer; a whole set goes without a trace."""
+    rest, gone = (X[:20], Y[:20]), (X[20:], Y[20:])
+    less = posterior().forget(*gone).posterior.site
+    sites = [network_gp(mlp(), data, SOFTMAX, prior_precision=0.7, structure="kronecker") for data in (rest, gone)]
+    for key, block in less.blocks.items():
+        (G_rest, A_rest), (G_gone, A_gone) = (q.posterior.site.blocks[key].terms[0] for q in sites)
+        off = torch.kron(G_rest / 3 - 2 / 3 * G_gone, A_gone - A_rest)
+        found = (block + sites[0].posterior.site.blocks[key] * -1.0).to_dense()
+        order = Kronecker(((G_rest / 3 - 2 / 3 * G_gone, A_gone - A_rest),), True).to_dense()
+        assert off.shape == order.shape
+        torch.testing.assert_close(found, order, rtol=1e-9, atol=1e-10)
+        assert float(order.abs().max()) > 1e-3
+    whole = posterior().condition(T, Y[:5]).forget(X, Y)
+    assert all(len(block.terms) == 1 for block in whole.posterior.site.blocks.values())

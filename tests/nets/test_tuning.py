@@ -1,6 +1,7 @@
 """Other prior precisions from one spectrum are what they are from scratch, and the one chosen is the best."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from netproblems import (
 from toys import unchecked
 
 import dualgp
-from dualgp import network_gp
+from dualgp import Posterior, Site, network_gp
 from dualgp.nets.links import class_log_probs
 
 GRID = torch.tensor([1e-3, 0.05, TAU, 4.0, 300.0], dtype=F64)
@@ -151,13 +152,15 @@ def test_centred_at_zero_the_evidence_does_not_count_weights_that_no_datum_sees(
 def test_rounding_of_a_null_space_in_single_precision_is_no_removal():
     net, x, y = copy.deepcopy(NET).float(), X[:6].float(), Y[:6]  # 12 directions of 27 are seen
     q = network_gp(net, (x, y), SOFTMAX, prior_precision=1e-3, structure="dense")
-    assert float(torch.linalg.eigvalsh(q.posterior.site.B).min()) < 0
+    B = q.posterior.site.B.float().double()  # as another library may have summed it
+    assert float(torch.linalg.eigvalsh(B).min()) < -1e-10
+    q = dataclasses.replace(q, posterior=Posterior(q.basis, Site(q.posterior.site.lam, B)))
     low = torch.tensor([1e-12, 1e-9, 1e-6], dtype=F64)
     assert bool(q.sweep(low).isfinite().all())
     assert float(q.spectrum.values.min()) == 0
 
 
-@pytest.mark.parametrize("options", [o for o in KINDS if "outputs" not in o] + [{"structure": "dense"}])
+@pytest.mark.parametrize("options", [*KINDS, {"structure": "dense"}])
 def test_a_centre_is_what_it_is_from_scratch(options):
     other = {"network": "map", "map": "network"}[options.get("centre", "network")]
     q = convert(TAU, options)
@@ -171,11 +174,8 @@ def test_a_centre_is_what_it_is_from_scratch(options):
     assert moved.log_marginal_likelihood() == pytest.approx(fresh.log_marginal_likelihood(), rel=1e-9)
 
 
-def test_independent_outputs_keep_their_centre():
-    q = convert(TAU, {"num_inducing": 5, "outputs": "independent"})
-    for call in (lambda: q.with_centre("map"), lambda: q.tuned("leave_one_out", X, Y)):
-        with pytest.raises(dualgp.errors.UnsupportedError, match="convert"):
-            call()
+def test_a_centre_has_a_name():
+    q = convert(TAU, {})
     assert q.with_centre("network") is q
     with pytest.raises(dualgp.errors.InputError, match="centre must be"), unchecked():
         q.with_centre("prior")
@@ -193,12 +193,7 @@ def test_leaving_one_out_of_a_network_that_has_seen_all_does_not_choose_an_infin
 
 
 @pytest.mark.parametrize("options", [{"structure": "dense"}, {"num_inducing": 8}])
-def test_a_network_in_single_precision_goes_to_any_prior_precision(options):
-    """Scaled up by 10⁶ with it, the rounding of B's null space outweighs the prior: it is taken for zero."""
-    net, x = copy.deepcopy(NET).float(), X.float()
-    q = network_gp(net, (x, Y), SOFTMAX, prior_precision=1.0, **options)
-    wide = q.with_prior_precision(1e-6)
-    fresh = network_gp(net, (x, Y), SOFTMAX, prior_precision=1e-6, **options)
-    assert gap(wide.predict_likelihood(x).probs, fresh.predict_likelihood(x).probs) < 0.02
-    with pytest.raises(dualgp.errors.NotPositiveDefiniteError):  # no rounding: more was removed than was there
-        q.remove(x, 1.01 * q.sites_at(x, Y)).with_prior_precision(1e-6)
+def test_what_was_removed_beyond_rounding_is_no_gaussian_in_single_precision_either(options):
+    q = network_gp(copy.deepcopy(NET).float(), (X.float(), Y), SOFTMAX, prior_precision=1.0, **options)
+    with pytest.raises(dualgp.errors.NotPositiveDefiniteError):
+        q.remove(X.float(), 1.01 * q.sites_at(X.float(), Y)).with_prior_precision(1e-6)

@@ -1,0 +1,87 @@
+"""A network in float32: growing, forgetting, leaving out and any prior precision, to the rounding of its features.
+
+The same network and data in float64 are the reference. A feature is κ(x, Z)W; a column of W is as long as λ^{-1/2} of a
+direction that is kept, which is at least 10 eps of the largest, so that rounding eps of κ is √(eps/10) of a prior
+standard deviation at most (dense features are J itself: eps). Ten of that is room for sums over a few rows.
+"""
+
+import copy
+
+import pytest
+import torch
+from netproblems import NET, SOFTMAX, TAU, TEST, X_NEW, Y_NEW, X, Y, gap
+
+from dualgp import network_gp
+
+EPS = torch.finfo(torch.float32).eps
+SINGLE = copy.deepcopy(NET).float()
+DOUBLE = copy.deepcopy(SINGLE).double()  # the same weights
+AT = TEST.float()
+FAR = 3.0 * X_NEW.float()
+OPTIONS = [
+    {"structure": "dense"},
+    {"structure": "full"},
+    {"inducing_inputs": X[:3].float()},
+    {"inducing_inputs": X[:3].float(), "centre": "map"},
+    {"inducing_inputs": X[:4].float(), "outputs": "independent"},
+    {"structure": "dense", "centre": "map"},
+]
+GRID = [1e-6, 1e-3, 1.0, 1e3, 1e6]
+
+
+def both(tau=TAU, **options):
+    """The posterior in single precision, and in double."""
+    x = X.float()
+    single = network_gp(SINGLE, (x, Y), SOFTMAX, prior_precision=tau, **options)
+    if "inducing_inputs" in options:
+        options = options | {"inducing_inputs": options["inducing_inputs"].double()}
+    return single, network_gp(DOUBLE, (x.double(), Y), SOFTMAX, prior_precision=tau, **options)
+
+
+def agree(single, double):
+    """Mean to the rounding of a prior standard deviation per unit of w, variance to that of a prior variance."""
+    assert single.basis.size == double.basis.size
+    tol = 10 * ((EPS / 10) ** 0.5 if single.basis.has_residual else EPS)
+    prior = double.basis.features(AT.double()).prior_var.max()
+    (mean, var), (mean_64, var_64) = single.predict(AT), double.predict(AT.double())
+    w = 1.0 + double.posterior.mean_w.norm()
+    assert gap(var.double(), var_64) < tol * prior
+    assert gap(mean.double(), mean_64) < tol * prior.sqrt() * w + 10 * EPS * mean_64.abs().max()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_growing_forgetting_and_leaving_out(options):
+    pair = both(**options)
+    agree(*pair)
+    grown = [q.condition(x, Y_NEW, grow=4) for q, x in zip(pair, (FAR, FAR.double()), strict=True)]
+    agree(*grown)
+    old = [q.forget(x[:9], Y[:9]) for q, x in zip(grown, (X.float(), X.float().double()), strict=True)]
+    agree(*old)
+    back = [q.forget(x, Y_NEW) for q, x in zip(old, (FAR, FAR.double()), strict=True)]
+    agree(*back)
+    left = [q.leave_one_out(x[9:], Y[9:]) for q, x in zip(old, (X.float(), X.float().double()), strict=True)]
+    assert abs(left[0].nlpd - left[1].nlpd) < 10 * (EPS / 10) ** 0.5
+    assert left[0].num_capped == 0
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_prior_precision_from_any_other(options):
+    """The null space of what data tell is kept at zero, so that it can be scaled up: by 10¹² here."""
+    for start in (1e6, 1.0):
+        single, double = both(start, **options)
+        for tau in GRID:
+            agree(single.with_prior_precision(tau), double.with_prior_precision(tau))
+        evidence = [q.sweep(GRID) for q in (single, double)]
+        tol = 10 * ((EPS / 10) ** 0.5 if single.basis.has_residual else 10 * EPS)
+        assert gap(*evidence) < tol * (1 + evidence[1].abs().max())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("method", ["evidence", "validation", "leave_one_out"])
+def test_the_same_prior_precision_is_chosen(options, method):
+    """The best is found to 2 % between neighbours of a grid, whose choice may be another where scores are as close."""
+    pair = both(**options)
+    data = {"evidence": (), "validation": (AT, Y[:7]), "leave_one_out": (X.float(), Y)}[method]
+    doubled = [t.double() if t.is_floating_point() else t for t in data]
+    chosen = [q.tuned(method, *d).prior_precision for q, d in zip(pair, (data, doubled), strict=True)]
+    assert chosen[0] == pytest.approx(chosen[1], rel=0.04)
