@@ -256,23 +256,34 @@ def test_devices_run_the_same_code(name, device):
     assert gap(there.diag().cpu(), here.diag()) < 1e-10
 
 
-def test_the_users_choice_of_tensorfloat_is_left_out_and_left_alone():
-    seen = []
+@pytest.mark.parametrize("how", ["for all", "for each"])
+def test_the_users_choice_of_tensorfloat_is_left_out_and_left_alone(how):
+    matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 cannot say what is in force")
 
     class Recording(nn.Linear):
         def forward(self, x):
-            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            seen.append((matmul.fp32_precision, conv.fp32_precision))
             return super().forward(x)
 
-    torch.set_float32_matmul_precision("medium")  # TF32, on a GPU; bfloat16 on some CPUs
+    before = matmul.fp32_precision, conv.fp32_precision
+    if how == "for all":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        matmul.fp32_precision = conv.fp32_precision = "tf32"
+    chosen = matmul.fp32_precision, conv.fp32_precision
     try:
         jacobian = NetworkJacobian(Recording(2, 1), torch.randn(3, 2))
         jacobian.block(torch.randn(4, 2)).gram(jacobian.block(torch.randn(2, 2)))
         jacobian(torch.randn(2, 2)), jacobian.vjp(torch.randn(2, 2), torch.randn(2, 1))
-        assert set(seen) == {("highest", False)}
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert set(seen) == {("ieee", "ieee")}
+        assert (matmul.fp32_precision, conv.fp32_precision) == chosen
+        assert how == "for each" or torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        if how == "for all":
+            torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, conv.fp32_precision = before
 
 
 def test_rows_that_share_their_output_derivatives_are_rows_that_repeat_them():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,13 +127,26 @@ def as_outputs(f: object, n: int) -> Tensor:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Within, float32 products are of float32: TensorFloat32, cuDNN's default, has 10 bits, too few to tell a rank."""
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    b: Any = torch.backends
+    if hasattr(b.cuda.matmul, "fp32_precision"):
+        products = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
+        switches = [(owner, "fp32_precision", "ieee") for owner in products]
+    else:  # torch before 2.9
+        switches = [(b.cuda.matmul, "allow_tf32", False), (b.cudnn, "allow_tf32", False)]
+    with ExitStack() as stack:
+        for owner, name, value in switches:
+            stack.enter_context(_set(owner, name, value))
+        yield
+
+
+@contextmanager
+def _set(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        setattr(owner, name, before)
 
 
 @contextmanager
@@ -140,6 +154,5 @@ def plain_kernels(network: nn.Module) -> Iterator[None]:
     """Within, attention and recurrent layers run on kernels whose derivatives can be batched, in eval mode too."""
     recurrent = any(isinstance(m, nn.RNNBase) for m in network.modules())
     cudnn = torch.backends.cudnn
-    enabled = cudnn.enabled and not recurrent
-    with full_precision(), sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled, cudnn.benchmark, allow_tf32=False):
+    with full_precision(), sdpa_kernel(SDPBackend.MATH), _set(cudnn, "enabled", cudnn.enabled and not recurrent):
         yield
