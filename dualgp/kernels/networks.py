@@ -128,6 +128,7 @@ def as_outputs(f: object, n: int) -> Tensor:
 def full_precision() -> Iterator[None]:
     """Within, float32 products are of float32: TensorFloat32, cuDNN's default, has 10 bits, too few to tell a rank."""
     b: Any = torch.backends
+    switches: list[tuple[Any, str, Any]]
     if hasattr(b.cuda.matmul, "fp32_precision"):
         products = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
         switches = [(owner, "fp32_precision", "ieee") for owner in products]
