@@ -267,7 +267,7 @@ class JacobianBasis(Basis):
             raise InputError(f"W of shape {tuple(W.shape)} does not fit its inputs.")
         if (Phi is not None and (Phi.ndim != 2 or len(Phi) != P)) or (W is not None and Phi is not None):
             raise InputError("Phi does not fit the network.")
-        at_Z = None if W is None or Z is None else relative.block(Z)
+        at_Z = None if W is None or Z is None else relative.kept(Z)
         return cls(jacobian, prior_precision, Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
 
     @property

@@ -79,7 +79,7 @@ class Span:
         W, beside = self.W.double(), self._root(K - phi @ phi.mT, K.diagonal(dim1=-2, dim2=-1).max())
         top = torch.cat([W, -W @ phi.mT @ beside], -1)
         below = torch.cat([W.new_zeros(*beside.shape[:-1], W.shape[-1]), beside], -1)
-        return replace(self, Z=Z, at_Z=self.jacobian.block(Z), W=torch.cat([top, below], -2).to(self.W.dtype))
+        return replace(self, Z=Z, at_Z=self.jacobian.kept(Z), W=torch.cat([top, below], -2).to(self.W.dtype))
 
     def _root(self, residual: Tensor, largest: Tensor) -> Tensor:
         """VΛ^{-1/2} of the eigenvalues of a residual that are no rounding of the kernel it is left of."""
@@ -91,7 +91,7 @@ def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
     P = jacobian.num_params
     if len(Z) * jacobian.num_outputs < P:
-        at_Z = jacobian.block(Z)
+        at_Z = jacobian.kept(Z)
         return Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram(at_Z).flatten(2).flatten(0, 1), tol))
     total = GramSum(torch.Size(), P, jacobian.device)
     for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
@@ -104,7 +104,7 @@ def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
 
 def independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
-    at_Z = jacobian.block(Z)
+    at_Z = jacobian.kept(Z)
     return Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram_independent(at_Z), tol))
 
 

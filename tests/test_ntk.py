@@ -43,6 +43,26 @@ def agrees_with(jacobian: NetworkJacobian, x: Tensor, jac: Tensor) -> None:
     assert gap(jacobian.jvp(x, d), jac @ d) < 1e-12
 
 
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_kept_of_z_is_its_jacobian(name, budget):
+    net, x = make(name)
+    whole = NetworkJacobian(net, x)
+    jacobian = whole if budget is None else NetworkJacobian(net, x, budget=2 * whole.row_bytes)  # two rows at a time
+    kept, full = jacobian.kept(x), torch.einsum("ncp,mdp->ncmd", *2 * [reference(net, x, jacobian.names)])
+    for rows in (whole.block(x), kept):
+        assert gap(rows.gram(kept), full) < 1e-12
+        assert gap(rows.gram_independent(kept), full.diagonal(dim1=1, dim2=3).movedim(-1, 0)) < 1e-12
+    u = draw(jacobian.num_params, 2)
+    assert gap(kept.matmul(u), whole.block(x).matmul(u)) < 1e-12
+
+
+def test_a_convolution_of_few_weights_is_kept_without_its_patches():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)).double()
+    block = NetworkJacobian(net, draw(4, 1, 8, 8)).kept(draw(4, 1, 8, 8))
+    assert [type(layer) for layer in block.layers] == [ExplicitLayer, FactoredLayer]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tiles_make_no_difference(name, monkeypatch):
     monkeypatch.setattr(layers, "_SCRATCH_BYTES", 1000)  # one or two rows a tile, and outputs one by one

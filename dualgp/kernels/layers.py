@@ -50,6 +50,14 @@ class FactoredLayer:
     def __getitem__(self, rows: slice) -> FactoredLayer:
         return replace(self, a=self.a[rows], g=self.g[rows])
 
+    def compact(self) -> FactoredLayer | ExplicitLayer:
+        """Return the layer in the form that takes less memory: J itself, where positions are many and weights few."""
+        (_, S, n_in), (_, C, _, n_out) = self.a.shape, self.g.shape
+        if S < C or C * n_in * n_out >= S * (n_in + C * n_out):
+            return self
+        weights = (n_in - self.bias) * n_out
+        return ExplicitLayer(self.tensors, (weights, n_out) if self.bias else (weights,), self.dense())
+
     def output(self, c: int) -> FactoredLayer:
         """Return the Jacobian of one output."""
         return replace(self, g=self.g[:, c : c + 1])
@@ -65,17 +73,19 @@ class FactoredLayer:
         """Return a_s·a'_t for every pair of rows [n, m]."""
         return self.a[:, s] @ other.a[:, t].mT
 
-    def add_gram(self, out: Float[Tensor, "n C m C"], other: FactoredLayer) -> None:
+    def add_gram(self, out: Float[Tensor, "n C m C"], other: FactoredLayer | ExplicitLayer) -> None:
         """Add J J'ᵀ to `out`."""
         way = _add_gram_explicit if self._explicit(other, self.g.shape[1] ** 2) else _add_gram_pairs
-        way(out, self, other)
+        way(out, self, other)  # type: ignore[arg-type]
 
-    def add_gram_independent(self, out: Float[Tensor, "C n m"], other: FactoredLayer) -> None:
+    def add_gram_independent(self, out: Float[Tensor, "C n m"], other: FactoredLayer | ExplicitLayer) -> None:
         """Add J_c J'_cᵀ for each output c to `out`."""
         explicit = self._explicit(other, self.g.shape[1])
-        (_add_independent_explicit if explicit else _add_independent_pairs)(out, self, other)
+        (_add_independent_explicit if explicit else _add_independent_pairs)(out, self, other)  # type: ignore[arg-type]
 
-    def _explicit(self, other: FactoredLayer, outputs: int) -> bool:
+    def _explicit(self, other: FactoredLayer | ExplicitLayer, outputs: int) -> bool:
+        if isinstance(other, ExplicitLayer):
+            return True
         pairs, n_in, n_out = self.a.shape[1] * other.a.shape[1], self.a.shape[-1], self.g.shape[-1]
         return pairs > 1 and pairs * (n_in + outputs * n_out) > outputs * n_out * n_in
 
@@ -271,6 +281,20 @@ class ExplicitLayer:
 
 
 Layer = FactoredLayer | LookupLayer | ExplicitLayer
+
+
+def joined(parts: Sequence[Layer]) -> Layer:
+    """Return one layer of the rows of several that are alike."""
+    first = parts[0]
+    if isinstance(first, ExplicitLayer):
+        return replace(first, jac=torch.cat([part.jac for part in parts]))  # type: ignore[union-attr]
+    g = [part.g for part in parts]  # type: ignore[union-attr]
+    n = sum(map(len, g))
+    shared = all(map(_shared, g)) and all(torch.equal(one[0], g[0][0]) for one in g)
+    g_all = g[0][:1].expand(n, *g[0].shape[1:]) if shared else torch.cat(g)
+    if isinstance(first, LookupLayer):
+        return replace(first, tokens=torch.cat([part.tokens for part in parts]), g=g_all)  # type: ignore[union-attr]
+    return replace(first, a=torch.cat([part.a for part in parts]), g=g_all)  # type: ignore[union-attr]
 
 
 def tiles(n: int, width: int, like: Tensor, size: int = _CACHE_BYTES) -> Iterator[slice]:

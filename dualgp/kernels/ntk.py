@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualgp.errors import InputError, UnsupportedError
-from dualgp.kernels.layers import Layer, total
+from dualgp.kernels.layers import FactoredLayer, Layer, joined, total
 from dualgp.kernels.networks import (
     Selection,
     as_outputs,
@@ -51,6 +51,11 @@ class JacobianBlock:
     def num_params(self) -> int:
         """P."""
         return self.slices[-1].stop
+
+    def compact(self) -> JacobianBlock:
+        """Return the same with each layer in the form that takes less memory; factors may be gone."""
+        layers = (layer.compact() if isinstance(layer, FactoredLayer) else layer for layer in self.layers)
+        return JacobianBlock(self.f, tuple(layers), self.slices)
 
     @full_precision()
     def gram(self, other: JacobianBlock) -> Float[Tensor, "n C m C"]:
@@ -226,6 +231,18 @@ class NetworkJacobian:
         """Yield (rows, block) of as many rows at a time as the budget holds."""
         for rows, chunk in self._chunks(x):
             yield rows, self.block(chunk)
+
+    def kept(self, x: Tensor) -> JacobianBlock:
+        """Return f and J of all rows of x, made in chunks and in the form that takes least memory, to be kept.
+
+        Raises:
+            InputError: as `block`.
+        """
+        parts = [block.compact() for _, block in self.blocks(x)] or [self.block(x)]
+        if len(parts) == 1:
+            return parts[0]
+        layers = tuple(joined(same) for same in zip(*(part.layers for part in parts), strict=True))
+        return JacobianBlock(torch.cat([part.f for part in parts]), layers, self.slices)
 
     def block(self, x: Tensor) -> JacobianBlock:
         """Return f and J of all rows of x at once.
