@@ -36,7 +36,7 @@ class Pair:
     def __init__(self) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.alive = [], [], True
         for rank in range(SIZE):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, f"{self.folder.name}/store", theirs), daemon=True)
@@ -55,14 +55,13 @@ class Pair:
                 answers.append(pipe.recv())
             except EOFError:
                 answers.append(None)
+                self.alive = False
         return answers
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.close()
         for process in self.processes:
-            process.join(5)
             process.kill()
+            process.join()
         self.folder.cleanup()
 
 
@@ -157,7 +156,7 @@ def learn_on(kind: str, Z: Tensor, rows: list[Tensor], ranks: Ranks) -> tuple[Te
     mine = [data.rows(r) for r in rows]
     none = data.rows(slice(0, 0))
     start = Posterior(hyper.basis())
-    rounds, _ = learn_by_batches(hyper, mine, start, 10, 90, Stop(1e-4, 2), Progress(False), none, ranks)
+    rounds, _ = learn_by_batches(hyper, mine, start, 10, 90, Stop(1e-4, 1), Progress(False), none, ranks)
     return torch.from_numpy(hyper.vector()), rounds
 
 
