@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from toys import F64, gaussian, matern, rbf
 from dualgp import DualGP
 from dualgp.distributed import Ranks
 from dualgp.errors import NotPositiveDefiniteError
+from dualgp.gp import minibatch
 from dualgp.gp.bound import site_bound
 from dualgp.gp.data import Data
 from dualgp.gp.minibatch import Batches, learn_by_batches, sample_rows
@@ -156,7 +158,8 @@ def learn_on(kind: str, Z: Tensor, rows: list[Tensor], ranks: Ranks) -> tuple[Te
     mine = [data.rows(r) for r in rows]
     none = data.rows(slice(0, 0))
     start = Posterior(hyper.basis())
-    rounds, _ = learn_by_batches(hyper, mine, start, 10, 90, Stop(1e-4, 1), Progress(False), none, ranks)
+    with mock.patch.object(minibatch, "ROUND_STEPS", 6):
+        rounds, _ = learn_by_batches(hyper, mine, start, 10, 90, Stop(1e-4, 2), Progress(False), none, ranks)
     return torch.from_numpy(hyper.vector()), rounds
 
 
