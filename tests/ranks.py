@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from gpytorch.likelihoods import BernoulliLikelihood, Likelihood, SoftmaxLikelihood
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from toys import F64, gaussian, matern, rbf
 
 from dualgp import DualGP
@@ -135,6 +136,12 @@ def fit_tensors(rank: int, kind: str, given: dict[str, Any], options: dict[str, 
 def fit_loader(rank: int, kind: str, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     x, y = (share(t, rank) for t in problem(kind))
     return outcome(model(kind, **given), batches(x, y, 20), process_group=dist.group.WORLD, **options)
+
+
+def fit_sampler(rank: int, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    data = TensorDataset(*problem("bernoulli"))
+    loader = DataLoader(data, batch_size=20, sampler=DistributedSampler(data, seed=3))
+    return outcome(model("bernoulli", **given), loader, process_group=dist.group.WORLD, **options)
 
 
 def bound(rank: int, kind: str, Z: Tensor, sites: Sites | None) -> tuple[float, list[Tensor]]:

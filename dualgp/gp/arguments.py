@@ -69,7 +69,15 @@ def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> No
     check_rule(rule)
 
 
-def check_same(model: DualGP, ranks: Ranks, **arguments: object) -> None:
+def check_fit(tol: float, max_rounds: int, batch_size: int | None) -> None:
+    """Raise InputError unless a fit can go by these."""
+    if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
+        raise InputError(
+            f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
+        )
+
+
+def check_same(model: DualGP, ranks: Ranks, arguments: dict[str, object]) -> None:
     """Raise InputError on every rank unless all fit the same model with the same arguments, and no memory."""
     if ranks.group is None:
         return
@@ -83,7 +91,7 @@ def check_same(model: DualGP, ranks: Ranks, **arguments: object) -> None:
             facts[f"{part} {name}"] = f"{_summary(p)}{'' if p.requires_grad else ' frozen'}"
     Z = model.inducing_points
     facts["inducing_points"] = "none" if Z is None else f"{_summary(Z)}{' given' if model._Z_given else ''}"
-    ranks.same({**facts, **arguments})
+    ranks.same(facts | arguments)
 
 
 def _summary(values: Tensor) -> str:

@@ -19,7 +19,7 @@ from dualgp.distributed import Ranks
 from dualgp.duals import num_outputs_of
 from dualgp.errors import InputError
 from dualgp.gp import storage, stream
-from dualgp.gp.arguments import check_arguments, check_memory, check_same
+from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_same
 from dualgp.gp.condition import Conditioned, condition
 from dualgp.gp.data import Data, check_inputs, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
@@ -157,44 +157,25 @@ class DualGP(FittedGP):
             NotPositiveDefiniteError: if the kernel matrix of Z cannot be factorised.
             DistributedError: if another rank has raised, has ended or does not answer.
         """
-        data = None
         with Ranks(process_group, _remedy(checkpoint)) as ranks:
-            if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
-                raise InputError(
-                    "tol must be positive, max_rounds and batch_size at least 1; "
-                    f"got {tol}, {max_rounds} and {batch_size}."
-                )
-            of_tensors = isinstance(X, Tensor) or hasattr(X, "__array__")
-            check_same(
-                self,
-                ranks,
-                learn_inducing=learn_inducing,
-                learn_hyperparameters=learn_hyperparameters,
-                tol=tol,
-                max_rounds=max_rounds,
-                in_memory=of_tensors and batch_size is None,
-            )
-            if of_tensors:
-                if y is None:
-                    raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
-                data = check_training_data(self.likelihood, X, y, self.num_outputs, ranks)
-            elif y is not None:
-                raise InputError("With a loader the targets come from it: call fit(loader).")
-            write = None
-            if checkpoint is not None and ranks.rank == 0:
-                write = storage.checkpoint(self, checkpoint)
-            with Progress(progress if ranks.rank == 0 else False, write) as bar:
+            check_fit(tol, max_rounds, batch_size)
+            what = {"X given as": "tensors" if _is_array(X) else "a loader", "in batches": batch_size is not None}
+            learn = {"learn_inducing": learn_inducing, "learn_hyperparameters": learn_hyperparameters}
+            check_same(self, ranks, {**what, **learn, "tol": tol, "max_rounds": max_rounds})
+            source = self._source(X, y, batch_size, generator, ranks)
+            first = ranks.rank == 0
+            write = None if checkpoint is None or not first else storage.checkpoint(self, checkpoint)
+            with Progress(progress if first else False, write) as bar:
                 M = self.num_inducing or (100 if self.inducing_points is None else self.inducing_points.shape[-2])
                 make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
                 how = M, Stop(tol, max_rounds), bar, generator, ranks
-                if data is not None and batch_size is None:
-                    outcome = fit_in_memory(make, data, *how)
-                elif data is not None:
-                    outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), *how)
+                if isinstance(source, Data):
+                    outcome = fit_in_memory(make, source, *how)
                 else:
-                    outcome = fit_batches(make, Batches(X, self._check_batch), *how)
+                    outcome = fit_batches(make, source, *how)
+        data = source if isinstance(source, Data) else source.whole()
         memory = None
-        if data is not None and (self.memory_size or self.window):
+        if isinstance(data, Data) and (self.memory_size or self.window):
             draw = self.generator.get_state()
             try:
                 memory = stream.choose_of_fit(self, outcome, data, self._settings(True))
@@ -394,6 +375,19 @@ class DualGP(FittedGP):
         Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
         return self._hyper(kernel, likelihood, Z, learn_inducing, learn_hyperparameters)
 
+    def _source(
+        self, X: Any, y: Tensor | None, batch_size: int | None, generator: torch.Generator | None, ranks: Ranks
+    ) -> Data | TensorBatches | Batches:
+        """What `fit` was given, checked as far as it can be before it is read."""
+        if not _is_array(X):
+            if y is not None:
+                raise InputError("With a loader the targets come from it: call fit(loader).")
+            return Batches(X, self._check_batch)
+        if y is None:
+            raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
+        data = check_training_data(self.likelihood, X, y, self.num_outputs, ranks)
+        return data if batch_size is None else TensorBatches(data, batch_size, generator)
+
     def _adopt(self, outcome: Outcome) -> None:
         """Take over what was learned on the working copy."""
         self._hold(outcome.hyper, outcome.posterior, outcome.num_rows)
@@ -425,6 +419,10 @@ class DualGP(FittedGP):
 
     def _check_batch(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> Data:
         return self._check(x, y, **({} if noise is None else {"noise": noise}))
+
+
+def _is_array(X: Any) -> bool:
+    return isinstance(X, Tensor) or hasattr(X, "__array__")
 
 
 def _remedy(checkpoint: str | PathLike[str] | None) -> str:

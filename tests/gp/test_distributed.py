@@ -74,6 +74,13 @@ def test_two_processes_make_of_loaders_what_one_does(pair, kind):
     assert_same_on_both(answers)
 
 
+def test_a_distributed_sampler_shares_the_data_out(pair):
+    answers = pair(ranks.fit_sampler, {"inducing_points": Z}, EXACT)
+    alone = ranks.outcome(ranks.model("bernoulli", inducing_points=Z), *ranks.problem("bernoulli"), **EXACT)
+    for found in answers:
+        assert_close(found, alone, 1e-10)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "bernoulli"])
 def test_the_bound_and_its_gradient_are_those_of_all_data(pair, kind):
     x, y = ranks.problem(kind)
@@ -148,7 +155,7 @@ def test_the_sample_of_loaders_is_drawn_without_replacement_and_shared_out(pair)
         ("hyperparameters", "kernel base_kernel.raw_lengthscale"),
         ("M", "num_inducing (rank 0: 8, rank 1: 9)"),
         ("tol", "tol (rank 0: 0.0001, rank 1: 0.001)"),
-        ("loader", "in_memory (rank 0: True, rank 1: False)"),
+        ("loader", "X given as (rank 0: tensors, rank 1: a loader)"),
         ("memory", "memory and window hold data of one process"),
     ],
 )
