@@ -76,7 +76,8 @@ def test_two_processes_make_of_loaders_what_one_does(pair, kind):
 
 def test_a_distributed_sampler_shares_the_data_out(pair):
     answers = pair(ranks.fit_sampler, {"inducing_points": Z}, EXACT)
-    alone = ranks.outcome(ranks.model("bernoulli", inducing_points=Z), *ranks.problem("bernoulli"), **EXACT)
+    loader = ranks.batches(*ranks.problem("bernoulli"), 40)
+    alone = ranks.outcome(ranks.model("bernoulli", inducing_points=Z), loader, **EXACT)
     for found in answers:
         assert_close(found, alone, 1e-10)
 
