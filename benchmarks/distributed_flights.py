@@ -43,8 +43,6 @@ from dualgp.gp.stop import Stop
 from dualgp.posterior import Posterior
 from dualgp.sites import Site
 
-BATCH = 2048
-
 
 def modules(d: int) -> tuple[ScaleKernel, GaussianLikelihood]:
     return ScaleKernel(RBFKernel(ard_num_dims=d)), GaussianLikelihood()
@@ -65,7 +63,7 @@ def measure(work: Callable[[], Tensor], together: bool, ranks: Ranks) -> tuple[f
     return wall, cpu, found
 
 
-def scaling(split: Split, m: int, repeats: int, ranks: Ranks) -> None:
+def scaling(split: Split, m: int, batch: int, repeats: int, ranks: Ranks) -> None:
     everything = Data(split.X, split.y, False)
     share = Data(split.X[ranks.rank :: ranks.size], split.y[ranks.rank :: ranks.size], False)
     kernel, likelihood = modules(split.X.shape[-1])
@@ -79,12 +77,12 @@ def scaling(split: Split, m: int, repeats: int, ranks: Ranks) -> None:
     def gradient(data: Data, ranks: Ranks) -> Tensor:
         return torch.cat([g.reshape(-1) for g in site_bound(hyper, data, None, ranks).gradient])
 
-    def epoch(data: Data, ranks: Ranks) -> Tensor:
+    def epoch(data: Data, group: Ranks) -> Tensor:
         learned = copy.deepcopy(hyper)
-        batches = TensorBatches(data, BATCH // ranks.size, torch.Generator().manual_seed(0))
+        batches = TensorBatches(data, batch // group.size, torch.Generator().manual_seed(0))
         start = Posterior(learned.basis(), Site.zero(torch.Size(), m, Z.device))
         n, none = len(split.X), data.rows(slice(0, 0))
-        learn_by_batches(learned, batches, start, m, n, Stop(1e-4, 1), Progress(False), none, ranks)
+        learn_by_batches(learned, batches, start, m, n, Stop(1e-4, 1), Progress(False), none, group)
         return torch.from_numpy(learned.vector())
 
     rows = []
@@ -105,8 +103,9 @@ def scaling(split: Split, m: int, repeats: int, ranks: Ranks) -> None:
     if ranks.rank == 0:
         header = ["", "1: wall s", "1: CPU s", f"{ranks.size}: wall s", f"{ranks.size}: CPU s"]
         header += ["wall ratio", "CPU ratio", "apart"]
-        title = f"flights: n={len(split.X)} d={split.X.shape[-1]} M={m} {split.X.dtype}, one thread each, "
-        table(f"{title}medians of {repeats}, torch {torch.__version__}; load {os.getloadavg()[0]:.1f}", header, rows)
+        title = f"flights: n={len(split.X)} d={split.X.shape[-1]} M={m} {split.X.dtype}, batches of {batch}, one thread"
+        how = f"each, medians of {repeats}, torch {torch.__version__}; load {os.getloadavg()[0]:.1f}"
+        table(f"{title} {how}", header, rows)
 
 
 def score(mean: Tensor, var: Tensor, y: Tensor, scale: float) -> list[str]:
@@ -126,7 +125,7 @@ def fit(split: Split, m: int, max_rounds: int, scale: float, ranks: Ranks) -> No
     (spent,) = ranks.sum(torch.tensor(cpu))
     if ranks.rank == 0:
         mean, var = gp.predict(split.X_test)
-        found = score(mean, var + gp.likelihood.noise.double(), split.y_test, scale)
+        found = score(mean, var + gp.likelihood.noise.detach().double(), split.y_test, scale)
         how = f"{result.rounds} rounds" + ("" if result.converged else ", not converged")
         rows = [["DualGP", str(ranks.size), f"{wall:.0f}", f"{float(spent):.0f}", *found, how]]
         for ngd, adam in ((0.1, 0.01), (0.1, 0.03)):
@@ -164,7 +163,7 @@ def peer(split: Split, m: int, ngd: float, adam: float, cap: float, scale: float
     model.eval()
     with torch.no_grad():
         parts = [likelihood(model(x)) for x in split.X_test.split(4096)]
-    found = score(torch.cat([p.mean for p in parts]), torch.cat([p.variance for p in parts]), split.y_test, scale)
+    found = score(*(torch.cat([getattr(p, k) for p in parts]) for k in ("mean", "variance")), split.y_test, scale)
     return [f"{wall:.0f}", f"{cpu:.0f}", *found, f"NGD {ngd}, Adam {adam}: {1024 * steps / n:.1f} epochs"]
 
 
@@ -174,7 +173,8 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, default=5000 if SMOKE else None, help="of the training data; all if left out"
     )
-    parser.add_argument("--repeats", type=int, default=1 if SMOKE else 5)
+    parser.add_argument("--repeats", type=int, default=1 if SMOKE else 5, help="of part 1; 0 for none")
+    parser.add_argument("--batch", type=int, default=2048, help="data of a stochastic step, on all processes together")
     parser.add_argument("--rounds", type=int, default=2 if SMOKE else 50, help="of the fit, at most")
     parser.add_argument("--fit", action="store_true", help="fit a model, and its peer")
     parser.add_argument("--double", action="store_true", help="float64 in place of float32")
@@ -188,7 +188,8 @@ def main() -> None:
     split = split.head(args.rows or len(split.X), len(split.X_test))
     if not args.double:
         split = split._replace(**{name: getattr(split, name).float() for name in ("X", "y", "X_test", "y_test")})
-    scaling(split, args.inducing, args.repeats, ranks)
+    if args.repeats:
+        scaling(split, args.inducing, args.batch, args.repeats, ranks)
     if args.fit:
         fit(split, args.inducing, args.rounds, scale, ranks)
     dist.destroy_process_group()
