@@ -133,6 +133,12 @@ def fit_tensors(rank: int, kind: str, given: dict[str, Any], options: dict[str, 
     return outcome(model(kind, **given), x, y, process_group=dist.group.WORLD, **options)
 
 
+def fit_one_sided(rank: int, kind: str, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Fit with all data on rank 0."""
+    x, y = (t[: 0 if rank else len(t)] for t in problem(kind))
+    return outcome(model(kind, **given), x, y, process_group=dist.group.WORLD, **options)
+
+
 def fit_loader(rank: int, kind: str, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     x, y = (share(t, rank) for t in problem(kind))
     return outcome(model(kind, **given), batches(x, y, 20), process_group=dist.group.WORLD, **options)

@@ -63,6 +63,16 @@ def test_two_processes_make_of_tensors_what_one_does(pair, kind):
         torch.testing.assert_close(torch.cat(of_ranks), of_one, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::dualgp.errors.ConvergenceWarning")
+@pytest.mark.parametrize("kind", ["gaussian", "bernoulli"])
+def test_a_rank_may_have_no_data(pair, kind):
+    given, options = {"num_inducing": 12}, {"max_rounds": 1}
+    answers = pair(ranks.fit_one_sided, kind, given, options)
+    alone = ranks.outcome(ranks.model(kind, **given), *ranks.problem(kind), **options)
+    for found in answers:
+        assert_close(found, alone, 1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_make_of_loaders_what_one_does(pair, kind):
     answers = pair(ranks.fit_loader, kind, {"inducing_points": Z}, EXACT)
