@@ -115,7 +115,7 @@ def score(mean: Tensor, var: Tensor, y: Tensor, scale: float) -> list[str]:
     return [f"{float(off.mean().sqrt()) * scale:.3f}", f"{float(nlpd):.4f}"]
 
 
-def fit(split: Split, m: int, max_rounds: int, scale: float, ranks: Ranks) -> None:
+def fit(split: Split, m: int, max_rounds: int, rates: list[float], scale: float, ranks: Ranks) -> None:
     X, y = split.X[ranks.rank :: ranks.size], split.y[ranks.rank :: ranks.size]
     gp = DualGP(*modules(X.shape[-1]), num_inducing=m)
     start = clocks()
@@ -128,8 +128,8 @@ def fit(split: Split, m: int, max_rounds: int, scale: float, ranks: Ranks) -> No
         found = score(mean, var + gp.likelihood.noise.detach().double(), split.y_test, scale)
         how = f"{result.rounds} rounds" + ("" if result.converged else ", not converged")
         rows = [["DualGP", str(ranks.size), f"{wall:.0f}", f"{float(spent):.0f}", *found, how]]
-        for ngd, adam in ((0.1, 0.01), (0.1, 0.03)):
-            rows.append(["SVGP", "1", *peer(split, m, ngd, adam, float(spent), scale)])
+        for adam in rates:
+            rows.append(["SVGP", "1", *peer(split, m, 0.1, adam, float(spent), scale)])
         constant = score(torch.zeros(len(split.y_test)), torch.ones(len(split.y_test)), split.y_test, scale)
         rows.append(["the mean", "", "", "", *constant, ""])
         header = ["method", "processes", "wall s", "CPU s in all", "RMSE", "NLPD", ""]
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1 if SMOKE else 5, help="of part 1; 0 for none")
     parser.add_argument("--batch", type=int, default=2048, help="data of a stochastic step, on all processes together")
     parser.add_argument("--rounds", type=int, default=2 if SMOKE else 50, help="of the fit, at most")
+    parser.add_argument("--adam", type=float, nargs="*", default=[0.01, 0.03], help="rates of the peer")
     parser.add_argument("--fit", action="store_true", help="fit a model, and its peer")
     parser.add_argument("--double", action="store_true", help="float64 in place of float32")
     args = parser.parse_args()
@@ -191,7 +192,7 @@ def main() -> None:
     if args.repeats:
         scaling(split, args.inducing, args.batch, args.repeats, ranks)
     if args.fit:
-        fit(split, args.inducing, args.rounds, scale, ranks)
+        fit(split, args.inducing, args.rounds, args.adam, scale, ranks)
     dist.destroy_process_group()
 
 
