@@ -30,6 +30,10 @@ class NotFittedError(DualGPError, RuntimeError):
     """A prediction or a score was asked of a model that has no posterior yet."""
 
 
+class DistributedError(DualGPError, RuntimeError):
+    """Another process of a fit has failed or is gone, or the processes went different ways."""
+
+
 class ConvergenceWarning(UserWarning):
     """An iteration stopped at its limit before its stopping rule was met."""
 

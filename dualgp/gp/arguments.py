@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import TYPE_CHECKING
+
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor
 
+from dualgp.distributed import Ranks
 from dualgp.duals import check_likelihood, has_batch_shape, num_outputs_of
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.gp.memory import Rule, check_rule
-from dualgp.kernels import check_kernel
+from dualgp.kernels import check_kernel, describe
+
+if TYPE_CHECKING:
+    from dualgp.gp.model import DualGP
 
 
 def check_arguments(
@@ -60,3 +67,35 @@ def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> No
     if memory is not None and memory < 0:
         raise InputError(f"memory must be at least 0, got {memory}.")
     check_rule(rule)
+
+
+def check_fit(tol: float, max_rounds: int, batch_size: int | None) -> None:
+    """Raise InputError unless a fit can go by these."""
+    if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
+        raise InputError(
+            f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
+        )
+
+
+def check_same(model: DualGP, ranks: Ranks, arguments: dict[str, object]) -> None:
+    """Raise InputError on every rank unless all fit the same model with the same arguments, and no memory."""
+    if ranks.group is None:
+        return
+    if model.memory_size or model.window:
+        raise InputError("memory and window hold data of one process: fit with a process_group without them.")
+    facts: dict[str, object] = {name: getattr(model, name) for name in ("num_outputs", "num_inducing", "jitter")}
+    for part in ("kernel", "likelihood", "mean"):
+        module = getattr(model, part)
+        facts[part] = describe(module) or "none"
+        for name, p in [] if module is None else module.named_parameters():
+            facts[f"{part} {name}"] = f"{_summary(p)}{'' if p.requires_grad else ' frozen'}"
+    Z = model.inducing_points
+    facts["inducing_points"] = "none" if Z is None else f"{_summary(Z)}{' given' if model._Z_given else ''}"
+    ranks.same(facts | arguments)
+
+
+def _summary(values: Tensor) -> str:
+    """Name a tensor's dtype, shape and values, many of them by their hash."""
+    held = values.detach().cpu()
+    told = held.tolist() if held.numel() <= 4 else hashlib.sha256(held.numpy().tobytes()).hexdigest()[:8]
+    return f"{held.dtype} {tuple(held.shape)} {told}"

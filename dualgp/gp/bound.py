@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis, SiteSum
+from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import expected_log_prob
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites
 from dualgp.gp.hyper import Hyper
 from dualgp.kernels import cross_covariance, kernel_diagonal, prior_covariance
 from dualgp.linalg import GramSum, mul_lower, row_chunks, symmetrise
 from dualgp.posterior import Posterior
-from dualgp.sites import Sites
+from dualgp.sites import Site, Sites
 
 
 class Bound(NamedTuple):
@@ -64,10 +65,11 @@ def conjugate_sites(hyper: Hyper, data: Data) -> Sites | None:
     return gaussian_sites(hyper.likelihood, data)
 
 
-def site_bound(hyper: Hyper, data: Data, sites: Sites | None) -> Bound:
+def site_bound(hyper: Hyper, data: Data, sites: Sites | None, ranks: Ranks = ALONE) -> Bound:
     """Return the bound of form S with its gradient; `sites` None stands for the conjugate ones.
 
-    Takes O(n M²) operations and O(block · M + M²) numbers beyond the data (and a constant cache).
+    Takes O(n M²) operations and O(block · M + M²) numbers beyond the data (and a constant cache). Of several `ranks`
+    each has its own data and sites, and the bound is of all.
 
     Raises:
         NotPositiveDefiniteError: if K_zz cannot be factorised or frozen sites with β < 0 leave no Gaussian.
@@ -81,8 +83,9 @@ def site_bound(hyper: Hyper, data: Data, sites: Sites | None) -> Bound:
     total = SiteSum(basis)
     for b in blocks:
         total.add(b.features, lam[..., b.rows], beta[..., b.rows])
-    q = Posterior(basis, total.site())
-    adjoint = _Adjoint(hyper, q, len(data))
+    own = total.site()
+    q = Posterior(basis, Site(*ranks.sum(own.lam, own.B)))
+    adjoint = _Adjoint(hyper, q, len(data), ranks)
     if conjugate:
         adjoint.at_fixed_point()
         for b in blocks:
@@ -130,8 +133,8 @@ class _Blocks:
 class _Adjoint:
     """The M × M quantities of the gradient, and its accumulation over blocks (letters as in the module docstring)."""
 
-    def __init__(self, hyper: Hyper, q: Posterior, n: int) -> None:
-        self.hyper, self.q = hyper, q
+    def __init__(self, hyper: Hyper, q: Posterior, n: int, ranks: Ranks) -> None:
+        self.hyper, self.q, self.ranks = hyper, q, ranks
         # One allocation for all data: small tensors kept from block to block would pin the heap.
         self.marginals = Marginals(*(q.site.lam.new_empty(*q.basis.batch_shape, n) for _ in range(3)))
         self.parameters = hyper.trained()
@@ -157,7 +160,7 @@ class _Adjoint:
             a, b = self._likelihood(block.rows, data, *q.marginals(block.features))
             a_phi += _apply(phi.mT, a)
             b_phi.add(phi, b)
-        A_hat = b_phi.total()
+        a_phi, A_hat = self.ranks.sum(a_phi, b_phi.total())
         self.h = h = _apply(self.P_inv, a_phi - w)  # P⁻¹g
         self.G = 0.5 * self.P_inv @ (A_hat - A) @ self.P_inv - symmetrise(_outer(h, w))
         self.S = _outer(w, a_phi) + _outer(h, q.site.lam) + self.U @ A_hat + 2.0 * self.G @ A
@@ -182,8 +185,9 @@ class _Adjoint:
         self._pull([(block.cross, d_cross), (block.diag, -0.5 * b), (block.mean, d_mu)])
 
     def finish(self) -> tuple[float, list[Tensor]]:
-        """Add what comes through K_zz, the KL and the priors; return the value and the gradient."""
+        """Sum over ranks, add what comes through K_zz, the KL and the priors; return the value and the gradient."""
         basis, hyper = self.q.basis, self.hyper
+        self.value, *self.gradient = self.ranks.sum(self.value, *self.gradient)
         d_Kzz = -0.5 * basis.L_inv.mT @ symmetrise(self.S) @ basis.L_inv
         eye = torch.eye(basis.num_inducing, dtype=torch.float64, device=basis.device)
         trace = d_Kzz.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -193,7 +197,9 @@ class _Adjoint:
             Kzz = prior_covariance(hyper.kernel, Z)
             log_prior = hyper.log_prior()
         self._pull([(Kzz, d_Kzz), (log_prior, torch.ones_like(log_prior))])
-        return float(self.value - self.q.kl().sum() + log_prior.detach()), self.gradient
+        value = self.value - self.q.kl().sum() + log_prior.detach()
+        value, *gradient = self.ranks.first(value, *self.gradient)  # which all decide by, to the last bit
+        return float(value), gradient
 
     def _likelihood(self, rows: slice, data: Data, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Value, a and b of Σ E[log p] on some rows, and its gradient in the likelihood's own parameters."""

@@ -9,6 +9,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
+from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import check_param_names, check_targets, gaussian_noise, training_params
 from dualgp.errors import InputError
 from dualgp.sites import Sites
@@ -169,17 +170,32 @@ def check_weights(weights: Tensor, data: Data) -> Tensor:
     return weights.to(data.x.device, torch.float64)
 
 
-def check_training_data(likelihood: Likelihood, x: Tensor, y: Tensor, num_outputs: int | None) -> Data:
+def check_training_data(
+    likelihood: Likelihood, x: Tensor, y: Tensor, num_outputs: int | None, ranks: Ranks = ALONE
+) -> Data:
     """Return the data to fit, checked; per-datum parameters are those the likelihood carries.
+
+    Of several `ranks` each checks its own, and all learn whether one has found a fault.
 
     Raises:
         InputError: as `check_data`, or if a column of x is constant: a kernel learns nothing from it.
     """
     check_inputs(x)
     data = check_data(likelihood, x, y, num_outputs, training_params(likelihood, x.shape[-2]))
-    if len(data) > 1:
-        spread = x.amax(-2) - x.amin(-2)
+    check_alike(data, ranks)
+    n = ranks.count(len(data))
+    ends = ranks.cat(torch.stack([x.amin(-2), x.amax(-2)], -2) if len(data) else x, -2)
+    if n > 1:
+        spread = ends.amax(-2) - ends.amin(-2)
         constant = (spread == 0).reshape(-1, x.shape[-1]).all(0).nonzero().reshape(-1).tolist()
         if constant:
-            raise InputError(f"Columns {constant} of X are constant over all {len(data)} data; drop them.")
+            raise InputError(f"Columns {constant} of X are constant over all {n} data; drop them.")
     return data
+
+
+def check_alike(data: Data, ranks: Ranks) -> None:
+    """Raise InputError on every rank unless their data differ in number only."""
+    x, y = data.x, data.y
+    facts = {"columns of X": x.shape[-1], "dtype of X": x.dtype, "batch dimensions of X": tuple(x.shape[:-2])}
+    facts |= {"dtype of y": y.dtype, "outputs in y": y.shape[-1] if data.targets_multi else None}
+    ranks.same({**facts, "parameters per datum": sorted(data.params)})

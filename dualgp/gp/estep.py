@@ -13,6 +13,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.basis import Features, InducingBasis, SiteSum
+from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import dual_parameters, is_gaussian
 from dualgp.errors import NotPositiveDefiniteError
 from dualgp.gp.data import CACHE_BYTES, Data, gaussian_sites, gaussian_spread
@@ -46,10 +47,11 @@ class Source:
     Args:
         basis: where the features are taken.
         batches: the data: one `Data`, or anything that can be iterated again and again for `Data` batches.
+        ranks: the processes that have a share of the data each, this one `batches`.
     """
 
-    def __init__(self, basis: InducingBasis, batches: Iterable[Data] | Data) -> None:
-        self.basis = basis
+    def __init__(self, basis: InducingBasis, batches: Iterable[Data] | Data, ranks: Ranks = ALONE) -> None:
+        self.basis, self.ranks = basis, ranks
         self.batches = [batches] if isinstance(batches, Data) else batches
         self.size = len(batches) if isinstance(batches, Data) else None  # of data that keep one order
         self._cache: list[tuple[Data, Features]] | None = None
@@ -156,11 +158,11 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     kept = (
         [q.site.lam.new_empty(*basis.batch_shape, source.size) for _ in range(2)] if source.size is not None else None
     )
-    elbo, count, at, exact = -q.kl().sum() + q.expected_log(base), 0, 0, False
+    fit = torch.zeros((), dtype=torch.float64, device=basis.device)
+    count, at, exact = 0, 0, is_gaussian(likelihood)
     for data, features in source.blocks(keep=not is_gaussian(likelihood)):
         sites = gaussian_sites(likelihood, data)
         if sites is not None:
-            exact = True
             lam, beta = sites.by_latent()
             constants += _constants(data, lam, beta, features)
         else:
@@ -168,7 +170,7 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
             duals = dual_parameters(likelihood, data.y, m, v, **data.params)
             lam, beta = Sites(duals.alpha + duals.beta * m, duals.beta, basis.num_outputs is not None).by_latent()
             lam, beta = data.weigh_latent(lam), data.weigh_latent(beta)
-            elbo = elbo + data.weigh(duals.expected_log_prob).sum()
+            fit = fit + data.weigh(duals.expected_log_prob).sum()
         total.add(features, lam, beta)
         if kept is not None:
             for store, values in zip(kept, (lam, beta), strict=True):
@@ -179,9 +181,13 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     wanted = None if kept is None else Sites.from_latent(kept[0], kept[1], basis.num_outputs is not None)
     if made_of is None and wanted is not None:
         made_of = wanted * 0.0
+    own = total.site()
+    number = torch.tensor(count, dtype=torch.float64)
+    lam_sum, B_sum, fit, constants, number = source.ranks.sum(own.lam, own.B, fit, constants, number)
+    (elbo,) = source.ranks.first(fit - q.kl().sum() + q.expected_log(base))  # which all decide by, to the last bit
     value = float(elbo) if math.isfinite(float(elbo)) else -math.inf
-    target = total.site() if base is None else total.site() + base
-    return _Visit(q, made_of, value, wanted, target, max(count, 1), exact, constants)
+    target = Site(lam_sum, B_sum) if base is None else Site(lam_sum, B_sum) + base
+    return _Visit(q, made_of, value, wanted, target, max(int(number), 1), exact, constants)
 
 
 class _Anderson:

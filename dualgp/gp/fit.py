@@ -23,18 +23,19 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
+from dualgp.distributed import ALONE, Ranks
 from dualgp.errors import ConvergenceWarning, InputError, NumericalWarning
-from dualgp.gp.bound import conjugate_sites, site_bound
+from dualgp.gp.bound import Bound, conjugate_sites, site_bound
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.minibatch import Batches, TensorBatches, learn_by_batches
+from dualgp.gp.minibatch import Batches, TensorBatches, gather, learn_by_batches, sample_rows
 from dualgp.gp.mstep import m_step
 from dualgp.gp.progress import Progress, TracePoint
 from dualgp.gp.stop import Stop
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
-from dualgp.sites import Sites
+from dualgp.sites import Site, Sites
 
 M_ITERATIONS = 50  # of L-BFGS in one M-step at Gaussian noise
 M_ITERATIONS_BETWEEN = 12  # when sites have to be found again afterwards
@@ -69,7 +70,7 @@ class Outcome(NamedTuple):
     sites: Sites | None
     result: FitResult
     power: float | None  # see `EStep`
-    num_rows: int  # n, of one process
+    num_rows: int  # n, batch dimensions not counted
 
 
 def fit_in_memory(
@@ -79,6 +80,7 @@ def fit_in_memory(
     stop: Stop,
     progress: Progress,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Learn sites, hyperparameters and Z on data held in memory.
 
@@ -89,16 +91,19 @@ def fit_in_memory(
         stop: the stopping rule.
         progress: told of every evaluation.
         generator: for the subset of the first stage.
+        ranks: the processes that have a share of the data each, this one `data`.
     """
-    subset = data
-    size = subset_size(num_inducing)
-    if len(data) >= 8 * size:
-        subset = data.rows(random_rows(len(data), size, generator, data.x.device))
+    share, size = data, subset_size(num_inducing)
+    if ranks.count(len(data)) >= 8 * size:
+        subset, share, _ = sample_rows(data, size, generator, ranks)
+    else:
+        subset = gather(data, ranks)
     hyper = make(subset)
-    if subset is not data and hyper.trained():
-        alternate(hyper, subset, stop.looser(), progress)
-    rounds, converged, start = alternate(hyper, data, stop, progress)
-    return _finish(hyper, data, rounds, converged, start, stop, progress)
+    _align(hyper, ranks)
+    if share is not data and hyper.trained():
+        alternate(hyper, share, stop.looser(), progress, ranks)
+    rounds, converged, start = alternate(hyper, data, stop, progress, ranks)
+    return _finish(hyper, data, rounds, converged, start, stop, progress, ranks)
 
 
 def fit_batches(
@@ -108,18 +113,28 @@ def fit_batches(
     stop: Stop,
     progress: Progress,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Learn on batches: a sample in memory first, then stochastic steps, then E-steps over all of them.
 
     Arguments as in `fit_in_memory`, with the source of batches in place of the data.
     """
-    subset, n = batches.sample(subset_size(num_inducing), generator)
+    subset, share, n = batches.sample(subset_size(num_inducing), generator, ranks)
     hyper = make(subset)
+    _align(hyper, ranks)
     rounds, converged = 0, True
     if hyper.trained():
-        *_, start = alternate(hyper, subset, stop.looser(), progress)
-        rounds, converged = learn_by_batches(hyper, batches, start[0], len(subset), n, stop, progress)
-    return _finish(hyper, batches.whole(), rounds, converged, None, stop, progress)
+        *_, start = alternate(hyper, share, stop.looser(), progress, ranks)
+        none = subset.rows(slice(0, 0))
+        rounds, converged = learn_by_batches(hyper, batches, start[0], len(subset), n, stop, progress, none, ranks)
+    return _finish(hyper, batches.whole(), rounds, converged, None, stop, progress, ranks)
+
+
+@torch.no_grad()
+def _align(hyper: Hyper, ranks: Ranks) -> None:
+    """Take the values of rank 0, to the last bit."""
+    for p, value in zip(hyper.parameters(), ranks.first(*hyper.parameters()), strict=True):
+        p.copy_(value)
 
 
 def _finish(
@@ -130,16 +145,21 @@ def _finish(
     start: tuple[Posterior, Sites | None] | None,
     stop: Stop,
     progress: Progress,
+    ranks: Ranks,
 ) -> Outcome:
     """Round the hyperparameters to how they are stored, find the sites there, and report."""
     hyper.round()
+    _align(hyper, ranks)
     with torch.no_grad():
         basis = hyper.basis()
         if start is not None and start[1] is not None and isinstance(data, Data):
-            start = Posterior(basis).add(data.x, start[1]), start[1]
+            own = Posterior(basis).project(data.x, start[1])
+            start = Posterior(basis, Site(*ranks.sum(own.lam, own.B))), start[1]
         else:
             start = None
-    final = e_step(Source(basis, data), hyper.likelihood, start, tol=1e-3 * stop.tol)
+    final = e_step(Source(basis, data, ranks), hyper.likelihood, start, tol=1e-3 * stop.tol)
+    site = final.posterior.site
+    posterior = Posterior(basis, Site(*ranks.first(site.lam, site.B)))
     why = None
     if not converged:
         why = f"at its limit of rounds ({rounds}) before a round gained less than tol; raise max_rounds, or tol"
@@ -150,9 +170,9 @@ def _finish(
     result = FitResult(
         final.elbo, final.num_data, rounds, converged and final.converged, progress.seconds, progress.trace
     )
-    rows = len(data) if isinstance(data, Data) else final.num_data
+    rows = ranks.count(len(data)) if isinstance(data, Data) else final.num_data
     sites = final.sites if isinstance(data, Data) else None
-    return Outcome(hyper, final.posterior, sites, result, final.power, rows)
+    return Outcome(hyper, posterior, sites, result, final.power, rows)
 
 
 def initial_inducing_points(
@@ -207,10 +227,10 @@ def _unexplained(kernel: Kernel, Z: Tensor, x: Tensor) -> float:
 
 
 def alternate(
-    hyper: Hyper, data: Data, stop: Stop, progress: Progress
+    hyper: Hyper, data: Data, stop: Stop, progress: Progress, ranks: Ranks = ALONE
 ) -> tuple[int, bool, tuple[Posterior, Sites | None]]:
     """Alternate E- and M-steps; return the rounds taken, whether the rule was met, and the last q with its sites."""
-    n = max(1, data.count)
+    n = max(1, ranks.count(data.count))
     conjugate = conjugate_sites(hyper, data) is not None
     iterations = M_ITERATIONS if conjugate else M_ITERATIONS_BETWEEN
     start: tuple[Posterior, Sites | None] = Posterior(hyper.basis()), None
@@ -218,11 +238,11 @@ def alternate(
     for done in range(1, stop.max_rounds + 1):
         sites = None
         if not conjugate:
-            found = e_step(Source(start[0].basis, data), hyper.likelihood, start, tol=0.1 * stop.tol)
+            found = e_step(Source(start[0].basis, data, ranks), hyper.likelihood, start, tol=0.1 * stop.tol)
             sites = found.sites
         bound = m_step(
             hyper,
-            functools.partial(site_bound, hyper, data, sites),
+            functools.partial(_bound, hyper, data, sites, ranks),
             n,
             max_iter=iterations,
             tol=0.1 * stop.tol,
@@ -230,18 +250,20 @@ def alternate(
         )
         start = bound.posterior, sites
         progress.round(f"fit {n}")
+        if progress.checkpoint is not None:
+            progress.checkpoint(hyper, bound.posterior, n)
         if bound.value - last < stop.tol * n or not hyper.trained():
             return done, True, start
         last = bound.value
     return stop.max_rounds, False, start
 
 
+def _bound(hyper: Hyper, data: Data, sites: Sites | None, ranks: Ranks) -> Bound:
+    """`site_bound`, whose domain ends for all ranks where it does for one."""
+    with ranks.guard():
+        return site_bound(hyper, data, sites, ranks)
+
+
 def subset_size(num_inducing: int) -> int:
     """Return how many data the first stage takes."""
     return max(10 * num_inducing, 1000)
-
-
-def random_rows(n: int, size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Return `size` of n row numbers, without replacement."""
-    source = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=source)[:size].to(device)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
+from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import expected_log_prob
 from dualgp.gp.data import Data
 from dualgp.gp.hyper import Hyper
@@ -134,7 +135,14 @@ class _Terms(NamedTuple):
     residual: Tensor
 
 
-def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = None, scale: float = 1.0) -> Tensor:
+def batch_bound(
+    hyper: Hyper,
+    data: Data,
+    sites: Sites,
+    old: Anchor | None = None,
+    scale: float = 1.0,
+    ranks: Ranks = ALONE,
+) -> Tensor:
     """Return scale · Σ_batch E_q[log p(y_i|f_i)] − KL(q ‖ p) + log p(θ), where q is prior, batch's sites and `old`.
 
     The law that `site_bound` is held to (without `old`), and the objective of learning by batches (where E_q[log t_old]
@@ -146,12 +154,14 @@ def batch_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None = Non
         sites: its sites, scaled already if they stand for more data than the batch holds.
         old: all that is not in the batch, anchored where it was found.
         scale: n / batch size, on the expected log-likelihood only.
+        ranks: the processes that have a share of the batch each. What comes back is then this one's share of the bound;
+            all take the gradient of theirs at the same time, and the sum of the gradients is that of the bound.
 
     Raises:
         NotPositiveDefiniteError: as in `site_bound`.
     """
-    terms = _terms(hyper, data, sites, old, with_old=False)
-    return scale * terms.fit - terms.kl + hyper.log_prior()
+    terms = _terms(hyper, data, sites, old, with_old=False, ranks=ranks)
+    return scale * terms.fit - (terms.kl - hyper.log_prior()) / ranks.size
 
 
 def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor, sample: Sample | None = None) -> Tensor:
@@ -179,14 +189,17 @@ def _features(hyper: Hyper, x: Tensor, Z: Tensor, L: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, cross.mT.double(), upper=False).mT
 
 
-def _terms(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_old: bool) -> _Terms:
+def _terms(
+    hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, *, with_old: bool, ranks: Ranks = ALONE
+) -> _Terms:
     Z = hyper.Z.to(hyper.dtype)
     Z = Z.unsqueeze(-3) if hyper.num_outputs is not None and Z.ndim > 2 else Z
     x = data.x.unsqueeze(-3) if hyper.num_outputs is not None and data.x.ndim > 2 else data.x
     L, _ = psd_cholesky(prior_covariance(hyper.kernel, Z), hyper.jitter)
     phi = _features(hyper, x, Z, L)
     mu = x.new_zeros(1, dtype=torch.float64) if hyper.mean is None else hyper.mean(x.double())
-    site = sites.pull_back(phi, mu)
+    own = sites.pull_back(phi, mu)
+    site = Site(*ranks.sum_with_graph(own.lam, own.B))
     carried, T, shift = None, None, None
     if old is not None:
         T, shift = old.map_from(hyper, Z, L)

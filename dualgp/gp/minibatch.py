@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from dualgp.basis import SiteSum
+from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import dual_parameters
 from dualgp.errors import InputError
-from dualgp.gp.data import Data
+from dualgp.gp.data import Data, check_alike
 from dualgp.gp.hybrid import Anchor, batch_bound
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.progress import Progress
 from dualgp.gp.stop import Stop
 from dualgp.posterior import Posterior
-from dualgp.sites import Sites
+from dualgp.sites import Site, Sites
 
 LR = 0.02  # of Adam at the start
 MIN_LR = 1e-3
@@ -48,8 +49,13 @@ class Batches:
         """Return what an E-step passes over."""
         return self
 
-    def sample(self, size: int, generator: torch.Generator | None) -> tuple[Data, int]:
-        """Return `size` data drawn without replacement in one pass, and how many there are in all."""
+    def sample(self, size: int, generator: torch.Generator | None, ranks: Ranks = ALONE) -> tuple[Data, Data, int]:
+        """Return `size` data drawn without replacement in one pass, what this rank has of them, and how many there are.
+
+        Each datum draws a key, and the smallest are taken; of several ranks each draws its own.
+        """
+        if ranks.group is not None:
+            generator = _own_generator(generator, ranks)
         kept, keys, n = [], [], 0
         for data in self:
             n += len(data)
@@ -62,7 +68,27 @@ class Batches:
         if n == 0:
             raise InputError("The loader gave no data.")
         kept, keys = _smallest(kept, keys, size)
-        return kept[0], n
+        n = ranks.count(n)
+        check_alike(kept[0], ranks)
+        last = ranks.cat(keys[0], 0).sort().values[:size][-1]
+        share = kept[0].rows((keys[0] <= last).to(kept[0].x.device))
+        return gather(share, ranks), share, n
+
+
+def _own_generator(generator: torch.Generator | None, ranks: Ranks) -> torch.Generator:
+    """A generator of this rank's own, seeded by that of rank 0: ranks may all have been given the same seed."""
+    device = "cpu" if generator is None else generator.device
+    (seed,) = ranks.first(torch.randint(2**31, (), generator=generator, device=device))
+    return torch.Generator().manual_seed(int(seed) + ranks.rank)
+
+
+def gather(data: Data, ranks: Ranks) -> Data:
+    """Return the data of all ranks, in their order; for samples."""
+    if ranks.group is None:
+        return data
+    y = ranks.cat(data.y, -2 if data.targets_multi else -1)
+    params = {name: ranks.cat(data.params[name], -1) for name in sorted(data.params)}
+    return Data(ranks.cat(data.x, -2), y, data.targets_multi, params)
 
 
 def _smallest(kept: list[Data], keys: list[Tensor], size: int) -> tuple[list[Data], list[Tensor]]:
@@ -82,10 +108,9 @@ class TensorBatches:
         """Return what an E-step passes over."""
         return self.data
 
-    def sample(self, size: int, generator: torch.Generator | None) -> tuple[Data, int]:
-        """Return `size` data drawn without replacement, and how many there are in all."""
-        rows = self._order(generator)[:size]
-        return self.data.rows(rows), len(self.data)
+    def sample(self, size: int, generator: torch.Generator | None, ranks: Ranks = ALONE) -> tuple[Data, Data, int]:
+        """Return `size` data drawn without replacement, what this rank has of them, and how many there are in all."""
+        return sample_rows(self.data, size, generator, ranks)
 
     def __iter__(self) -> Iterator[Data]:
         order = self._order(self.generator)
@@ -97,6 +122,28 @@ class TensorBatches:
         return torch.randperm(len(self.data), generator=generator, device=device).to(self.data.x.device)
 
 
+def sample_rows(data: Data, size: int, generator: torch.Generator | None, ranks: Ranks) -> tuple[Data, Data, int]:
+    """Return `size` data drawn without replacement, what this rank has of them, and how many there are in all.
+
+    They are the data that one process would draw of all, and in its order.
+    """
+    ends = ranks.cat(torch.tensor([len(data)]), 0).cumsum(0)
+    n, start = int(ends[-1]), int(ends[ranks.rank]) - len(data)
+    rows = random_rows(n, size, generator, data.x.device)
+    (rows,) = ranks.first(rows)
+    share = data.rows(rows[(rows >= start) & (rows < start + len(data))] - start)
+    if ranks.group is None:
+        return share, share, n
+    of_rank = torch.searchsorted(ends.to(rows.device), rows, right=True)
+    return gather(share, ranks).rows(of_rank.argsort(stable=True).argsort()), share, n
+
+
+def random_rows(n: int, size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return `size` of n row numbers, without replacement."""
+    source = device if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=source)[:size].to(device)
+
+
 def learn_by_batches(
     hyper: Hyper,
     batches: Iterable[Data],
@@ -105,6 +152,8 @@ def learn_by_batches(
     n: int,
     stop: Stop,
     progress: Progress,
+    none: Data,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, bool]:
     """Learn hyperparameters and Z by stochastic gradients; leave `hyper` at the last point.
 
@@ -122,6 +171,8 @@ def learn_by_batches(
         n: all data.
         stop: the stopping rule; an epoch that gains less than its tolerance is a plateau.
         progress: told of every round.
+        none: a batch without data, for a rank that is through before the others.
+        ranks: the processes that have batches each; a step takes one of every rank, as one batch.
 
     Returns:
         Rounds taken, and whether the rule was met.
@@ -136,10 +187,9 @@ def learn_by_batches(
         values, weight, steps = 0.0, 0, 0
         while steps < ROUND_STEPS:  # an epoch, or as many as make a mean worth comparing
             before = steps
-            for batch in batches:
-                b = len(batch)
+            for batch, b in ranks.turns(batches, none):
                 total += b
-                value, anchor = _step(hyper, vector, optimizer, batch, anchor, max(b / total, b / n), n / b)
+                value, anchor = _step(hyper, vector, optimizer, batch, anchor, max(b / total, b / n), b, n, ranks)
                 values, weight, steps = values + b * value, weight + b, steps + 1
             if steps == before:
                 raise InputError(
@@ -149,6 +199,8 @@ def learn_by_batches(
         mean = values / weight
         progress.bound(mean, n)
         progress.round(f"batches of {n}")
+        if progress.checkpoint is not None:
+            progress.checkpoint(hyper, _read(anchor, hyper), n)
         if mean < best + stop.tol * n:
             for group in optimizer.param_groups:
                 group["lr"] *= LR_FACTOR
@@ -158,6 +210,13 @@ def learn_by_batches(
     return stop.max_rounds, False
 
 
+@torch.no_grad()
+def _read(anchor: Anchor, hyper: Hyper) -> Posterior:
+    """The posterior at the present hyperparameters and Z."""
+    basis = hyper.basis()
+    return Posterior(basis, anchor.carry(hyper, basis.expand(hyper.Z.to(hyper.dtype)), basis.L))
+
+
 def _step(
     hyper: Hyper,
     vector: torch.nn.Parameter,
@@ -165,9 +224,15 @@ def _step(
     batch: Data,
     anchor: Anchor,
     rho: float,
-    scale: float,
+    b: int,
+    n: int,
+    ranks: Ranks,
 ) -> tuple[float, Anchor]:
-    """One stochastic E- and M-step; return the batch's estimate of the bound and the new anchor."""
+    """One stochastic E- and M-step; return the batch's estimate of the bound and the new anchor.
+
+    Of a batch of b out of n data, `batch` is what this rank has.
+    """
+    scale = n / b
     with torch.no_grad():
         basis = hyper.basis()
         Z = basis.expand(hyper.Z.to(hyper.dtype))
@@ -181,13 +246,15 @@ def _step(
         rest = Anchor.of(basis, site * (1.0 - rho))
         fresh = SiteSum(basis)
         fresh.add(features, *sites.by_latent())
-        after = Anchor.of(basis, rest.site + fresh.site())
+        own = fresh.site()
+        after = Anchor.of(basis, rest.site + Site(*ranks.sum(own.lam, own.B)))
     parameters = hyper.trained()
     with torch.enable_grad():
-        bound = batch_bound(hyper, batch, sites, rest, scale)
+        bound = batch_bound(hyper, batch, sites, rest, scale, ranks)
         found = torch.autograd.grad(bound, parameters, allow_unused=True)
     gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    vector.grad = torch.from_numpy(-hyper.vector_gradient(gradient) / (scale * len(batch)))
+    value, *gradient = ranks.sum(bound.detach(), *gradient)
+    vector.grad = torch.from_numpy(-hyper.vector_gradient(gradient) / n)
     optimizer.step()
     hyper.set_vector(vector.detach().numpy())
-    return float(bound.detach()), after
+    return float(value), after

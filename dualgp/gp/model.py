@@ -15,10 +15,11 @@ from gpytorch.means import Mean
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dualgp.distributed import Ranks
 from dualgp.duals import num_outputs_of
 from dualgp.errors import InputError
 from dualgp.gp import storage, stream
-from dualgp.gp.arguments import check_arguments, check_memory
+from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_same
 from dualgp.gp.condition import Conditioned, condition
 from dualgp.gp.data import Data, check_inputs, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
@@ -125,6 +126,8 @@ class DualGP(FittedGP):
         max_rounds: int = 50,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        process_group: Any = None,
+        checkpoint: str | PathLike[str] | None = None,
     ) -> FitResult:
         """Fit sites, hyperparameters and Z; return how it went. The model is unchanged if this raises.
 
@@ -142,34 +145,37 @@ class DualGP(FittedGP):
             generator: for the choice of subsets and batches; torch's default one otherwise.
             progress: whether to show a bar; None shows one if standard error is a terminal and the fit takes over a
                 second.
+            process_group: of `torch.distributed`, `torch.distributed.group.WORLD` for all processes: each calls `fit`
+                with its own share of the data, and all hold the same model of all data afterwards. `sites` are then
+                those of the share; `batch_size` and the batches of a loader are per process.
+            checkpoint: a file that is written anew after each round, for `load` and another `fit` from there, should
+                this one not end; by rank 0, if there are several.
 
         Raises:
-            InputError: for data of the wrong shape, dtype, device or value, or too few for M.
+            InputError: for data of the wrong shape, dtype, device or value, or too few for M; on every rank, if they
+                disagree on model, arguments or shapes.
             NotPositiveDefiniteError: if the kernel matrix of Z cannot be factorised.
+            DistributedError: if another rank has raised, has ended or does not answer.
         """
-        data = None
-        if isinstance(X, Tensor) or hasattr(X, "__array__"):
-            if y is None:
-                raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
-            data = check_training_data(self.likelihood, X, y, self.num_outputs)
-        elif y is not None:
-            raise InputError("With a loader the targets come from it: call fit(loader).")
-        if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
-            raise InputError(
-                f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
-            )
-        stop = Stop(tol, max_rounds)
-        with Progress(progress) as bar:
-            M = self.num_inducing or (100 if self.inducing_points is None else self.inducing_points.shape[-2])
-            make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
-            if data is not None and batch_size is None:
-                outcome = fit_in_memory(make, data, M, stop, bar, generator)
-            elif data is not None:
-                outcome = fit_batches(make, TensorBatches(data, batch_size or 1, generator), M, stop, bar, generator)
-            else:
-                outcome = fit_batches(make, Batches(X, self._check_batch), M, stop, bar, generator)
+        with Ranks(process_group, _remedy(checkpoint)) as ranks:
+            check_fit(tol, max_rounds, batch_size)
+            what = {"X given as": "tensors" if _is_array(X) else "a loader", "in batches": batch_size is not None}
+            learn = {"learn_inducing": learn_inducing, "learn_hyperparameters": learn_hyperparameters}
+            check_same(self, ranks, {**what, **learn, "tol": tol, "max_rounds": max_rounds})
+            source = self._source(X, y, batch_size, generator, ranks)
+            first = ranks.rank == 0
+            write = None if checkpoint is None or not first else storage.checkpoint(self, checkpoint)
+            with Progress(progress if first else False, write) as bar:
+                M = self.num_inducing or (100 if self.inducing_points is None else self.inducing_points.shape[-2])
+                make = functools.partial(self._working_copy, learn_inducing, learn_hyperparameters)
+                how = M, Stop(tol, max_rounds), bar, generator, ranks
+                if isinstance(source, Data):
+                    outcome = fit_in_memory(make, source, *how)
+                else:
+                    outcome = fit_batches(make, source, *how)
+        data = source if isinstance(source, Data) else source.whole()
         memory = None
-        if data is not None and (self.memory_size or self.window):
+        if isinstance(data, Data) and (self.memory_size or self.window):
             draw = self.generator.get_state()
             try:
                 memory = stream.choose_of_fit(self, outcome, data, self._settings(True))
@@ -369,19 +375,36 @@ class DualGP(FittedGP):
         Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
         return self._hyper(kernel, likelihood, Z, learn_inducing, learn_hyperparameters)
 
+    def _source(
+        self, X: Any, y: Tensor | None, batch_size: int | None, generator: torch.Generator | None, ranks: Ranks
+    ) -> Data | TensorBatches | Batches:
+        """What `fit` was given, checked as far as it can be before it is read."""
+        if not _is_array(X):
+            if y is not None:
+                raise InputError("With a loader the targets come from it: call fit(loader).")
+            return Batches(X, self._check_batch)
+        if y is None:
+            raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
+        data = check_training_data(self.likelihood, X, y, self.num_outputs, ranks)
+        return data if batch_size is None else TensorBatches(data, batch_size, generator)
+
     def _adopt(self, outcome: Outcome) -> None:
         """Take over what was learned on the working copy."""
-        self._take_hyperparameters(outcome.hyper)
-        posterior, sites = outcome.posterior, outcome.sites
-        self.inducing_points = posterior.basis.inducing_points.clone()
-        for name in stream.BUFFERS:
-            setattr(self, name, None)
-        self.site_lam, self.site_B = posterior.site.lam, posterior.site.B
+        self._hold(outcome.hyper, outcome.posterior, outcome.num_rows)
+        sites = outcome.sites
         self.lam = None if sites is None else sites.lam
         self.beta = None if sites is None else sites.beta
-        self.num_seen = torch.tensor(outcome.num_rows, device=posterior.site.lam.device)
         if outcome.power is not None:
             stream.set_noise(self, stream.noise_of(self.likelihood, float(outcome.result.num_data), outcome.power))
+
+    def _hold(self, hyper: Hyper, posterior: Posterior, num_rows: int) -> None:
+        """Take over hyperparameters, Z and q, and nothing of single data."""
+        self._take_hyperparameters(hyper)
+        self.inducing_points = posterior.basis.inducing_points.clone()
+        for name in (*stream.BUFFERS, "lam", "beta"):
+            setattr(self, name, None)
+        self.site_lam, self.site_B = posterior.site.lam, posterior.site.B
+        self.num_seen = torch.tensor(num_rows, device=posterior.site.lam.device)
         self._posterior = Posterior(self._basis(), posterior.site)
 
     @torch.no_grad()
@@ -396,3 +419,14 @@ class DualGP(FittedGP):
 
     def _check_batch(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> Data:
         return self._check(x, y, **({} if noise is None else {"noise": noise}))
+
+
+def _is_array(X: Any) -> bool:
+    return isinstance(X, Tensor) or hasattr(X, "__array__")
+
+
+def _remedy(checkpoint: str | PathLike[str] | None) -> str:
+    """What to do when another process of a fit is lost."""
+    if checkpoint is None:
+        return "The model is unchanged; a fit with checkpoint= can be taken up again."
+    return f"The model is unchanged; load {checkpoint}, if a round had ended, and fit again to go on from there."

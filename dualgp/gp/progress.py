@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
+
+from dualgp.gp.hyper import Hyper
+from dualgp.posterior import Posterior
+
+Checkpoint = Callable[[Hyper, Posterior, int], None]
 
 
 class TracePoint(NamedTuple):
@@ -22,10 +28,11 @@ class Progress:
 
     Args:
         show: True, False, or None for "if standard error is a terminal".
+        checkpoint: called after each round with hyperparameters, q and the number of its data.
     """
 
-    def __init__(self, show: bool | None) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, show: bool | None, checkpoint: Checkpoint | None = None) -> None:
+        self.start, self.checkpoint = time.perf_counter(), checkpoint
         self.trace: list[TracePoint] = []
         disable = None if show is None else not show
         self._bar = tqdm(desc="fit", unit="round", leave=False, delay=1.0, disable=disable)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
@@ -11,9 +13,12 @@ from gpytorch.means import Mean
 
 from dualgp import files
 from dualgp.errors import InputError, NotFittedError
+from dualgp.gp.hyper import Hyper
 from dualgp.gp.memory import Rule
+from dualgp.gp.progress import Checkpoint
 from dualgp.gp.stream import BUFFERS
 from dualgp.kernels import describe
+from dualgp.posterior import Posterior
 
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
@@ -53,6 +58,27 @@ def save(model: DualGP, path: str | PathLike[str]) -> None:
     }
     tensors = {**model.state_dict(), GENERATOR: model.generator.get_state()}
     files.write(path, KIND, FORMAT_VERSION, config, tensors)
+
+
+def checkpoint(model: DualGP, path: str | PathLike[str]) -> Checkpoint:
+    """Return what writes a fit under way to `path`, as the model that it would be if it ended now.
+
+    Raises:
+        InputError: if the folder of `path` is not there.
+    """
+    if not Path(path).parent.is_dir():
+        raise InputError(f"There is no folder {Path(path).parent} to write the checkpoint {path} in; make it first.")
+
+    def write(hyper: Hyper, posterior: Posterior, n: int) -> None:
+        kernel, likelihood, mean = copy.deepcopy((model.kernel, model.likelihood, model.mean))
+        same = ("num_outputs", "jitter", "num_inducing", "memory_rule", "window", "generator")
+        kept: dict[str, Any] = {name: getattr(model, name) for name in same}
+        now = type(model)(kernel, likelihood, mean=mean, memory=model.memory_size, **kept)
+        now._Z_given = model._Z_given
+        now._hold(hyper, posterior, n)
+        save(now, path)
+
+    return write
 
 
 def load(

@@ -158,7 +158,8 @@ def test_a_sample_of_a_loader_is_uniform_and_without_replacement():
     batches = Batches(loader(x, x.squeeze(-1), batch_size=7), lambda x, y: Data(x, y, False))
     counts = torch.zeros(90)
     for seed in range(300):
-        drawn, n = batches.sample(20, seeded(seed))
+        drawn, share, n = batches.sample(20, seeded(seed))
+        assert torch.equal(share.x, drawn.x)
         rows = drawn.y.long()
         assert n == 90
         assert len(rows.unique()) == 20
