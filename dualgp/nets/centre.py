@@ -2,7 +2,7 @@
 
     "network":  θ ~ N(θ*, τ⁻¹I), and converted data that pull nothing: as at a maximum, where Jᵀα = τθ*
     "map":      θ ~ N(0, τ⁻¹I): w has the site (−Φᵀ√τθ*, 0), and what w does not span moves f(x) by −u(x),
-                u(x) = J(x)θ* − φ(x)Φᵀ√τθ*, of which data are told too: their λ is Σφᵀ(α + Bu) in place of Σφᵀα,
+                u(x) = J(x)θ* − φ(x)Φᵀ√τθ*, of which data are told too: their λ is Σφᵀ(α + B u) in place of Σφᵀα,
                 and log Z has −Σ(αᵀu + ½uᵀBu) besides
 
 u does not depend on the scale of τ, nor on the basis growing: sites act on the coordinates that they were seen through.
@@ -33,7 +33,7 @@ class Recentring:
     """What the data that a posterior holds have more under centre "map" than under "network".
 
     Args:
-        lam: of λ on w, [*batch, r], the pull of the prior left out: Σφᵀα of converted data, and Σφᵀ(Bu) of all.
+        lam: of λ on w, [*batch, r], the pull of the prior left out: Σφᵀα of converted data, and Σφᵀ(B u) of all.
         offset: of log Z, −Σ(αᵀu + ½uᵀBu), in nats.
     """
 

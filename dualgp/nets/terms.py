@@ -31,7 +31,7 @@ class Terms:
     """A sum over data of what they add to a posterior; see `dualgp.nets.centre`.
 
     Args:
-        site: on w under centre "map", λ = Σφᵀ(α + Bu).
+        site: on w under centre "map", λ = Σφᵀ(α + B u).
         pull: λ under centre "network", Σφᵀα.
         offset: of log Z under centre "map", −Σ(αᵀu + ½uᵀBu).
     """
