@@ -19,6 +19,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | leave-one-out, leave-group-out, wrong labels | p(yᵢ ∣ q − tᵢ) | `leave_one_out`, `leave_group_out`, `mislabelled` |
 | leverage; sensitivity | tr BᵢVᵢ; −Vᵢ(I − BᵢVᵢ)⁻¹αᵢ | `leverage`, `sensitivity`, `perturb` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
+| yesterday's posterior as today's prior, on weights | prior ← q | `WeightPosterior.as_prior` |
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
@@ -53,7 +54,8 @@ from dualgp.nets.convert import from_weight_decay, network_gp
 from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
-from dualgp.sites import Site, Sites
+from dualgp.sites import Site, Sites, WeightSite
+from dualgp.weights import WeightLayout, WeightPosterior
 
 __version__ = "0.1.0"
 
@@ -75,6 +77,9 @@ __all__ = [
     "Site",
     "Sites",
     "UpdateResult",
+    "WeightLayout",
+    "WeightPosterior",
+    "WeightSite",
     "dual_parameters",
     "errors",
     "expected_log_prob",

@@ -1,7 +1,8 @@
 """Sites: the Gaussian factors whose sum, with the prior, is the posterior.
 
 `Sites` are many, one per datum, each on its own function value; a `Site` is one factor on the coordinates w of a
-basis. Both add, subtract and scale; pulling `Sites` back along the features of a basis gives its `Site`.
+basis, a `WeightSite` one on the weights of a network. All add, subtract and scale; pulling `Sites` back along the
+features of a basis gives its `Site`.
 """
 
 from __future__ import annotations
@@ -219,3 +220,58 @@ class Site:
         """Return the site that says nothing (λ = 0, B = 0), in float64."""
         lam = torch.zeros(*batch, size, dtype=torch.float64, device=device)
         return cls(lam, lam.new_zeros(*batch, size, size))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSite:
+    """One Gaussian factor on the weights, t(θ) = exp(λᵀθ − ½ θᵀBθ), with B diagonal or dense.
+
+    Args:
+        lam: λ, [P].
+        B: precision, [P] if diagonal or [P, P].
+
+    Raises:
+        InputError: if the shapes do not fit together.
+
+    Example:
+        >>> site = WeightSite(torch.ones(2), torch.ones(2)) + WeightSite(torch.ones(2), torch.eye(2))
+        >>> site.B
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+
+    lam: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        P = len(self.lam)
+        if self.lam.ndim != 1 or self.B.shape not in ((P,), (P, P)):
+            raise InputError(
+                f"Expected lam [P] and B [P] or [P, P], got {tuple(self.lam.shape)} and {tuple(self.B.shape)}."
+            )
+
+    def __add__(self, other: WeightSite) -> WeightSite:
+        if self.lam.shape != other.lam.shape:
+            raise BasisMismatchError(f"Sites of one network add; got {len(self.lam)} and {len(other.lam)} weights.")
+        return WeightSite(self.lam + other.lam, add_precisions(self.B, other.B))
+
+    def __sub__(self, other: WeightSite) -> WeightSite:
+        return self + (-1.0) * other
+
+    def __mul__(self, factor: float | int) -> WeightSite:
+        return WeightSite(self.lam * factor, self.B * factor)
+
+    __rmul__ = __mul__
+
+
+def add_precisions(A: Tensor, B: Tensor) -> Tensor:
+    """Return A + B of diagonals [P] and dense matrices [P, P]."""
+    if A.ndim == B.ndim:
+        return A + B
+    dense, diagonal = (A, B) if A.ndim == 2 else (B, A)
+    return dense + torch.diag(diagonal)
+
+
+def apply_precision(A: Tensor, v: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+    """Return Av of a diagonal [P] or dense [P, P]."""
+    return A @ v if A.ndim == 2 else A * v

@@ -18,7 +18,7 @@ FLOORS: dict[int, set[str]] = {
     1: {"linalg", "files"},
     2: {"sites", "kernels", "quadrature", "likelihoods"},
     3: {"duals", "basis", "inducing", "distributed", "spans"},
-    4: {"jacobian", "laplace", "posterior", "predictive"},
+    4: {"jacobian", "laplace", "posterior", "predictive", "weights"},
     5: {"influence"},
     6: {"gp", "nets", "optim", "transfer"},
     7: {"interop", "plotting"},
