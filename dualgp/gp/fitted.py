@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from dualgp.basis import InducingBasis
 from dualgp.duals import dual_parameters, expected_log_prob
-from dualgp.errors import NotFittedError
+from dualgp.errors import InputError, NotFittedError
 from dualgp.gp import stream
 from dualgp.gp.data import Data, check_data, check_inputs
 from dualgp.posterior import Posterior
@@ -124,7 +124,13 @@ class FittedGP(nn.Module):
             return log_predictive(self.likelihood, data.y, *self.predict(x), **data.params)
 
     def nlpd(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
-        """Return the mean negative log predictive density, in nats per datum (lower is better)."""
+        """Return the mean negative log predictive density, in nats per datum (lower is better).
+
+        Raises:
+            InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
+        """
+        if not len(y):
+            raise InputError("There are no data to score: y has no rows.")
         return float(-self.log_predictive(x, y, **params).mean())
 
     def elbo(self, x: Tensor, y: Tensor, **params: Tensor) -> float:

@@ -245,6 +245,7 @@ def test_targets_at_prediction_are_checked_too():
         refused(gp, match, lambda gp, y=y: gp.nlpd(x, y))
         refused(gp, match, lambda gp, y=y: gp.elbo(x, y))
         refused(gp, match, lambda gp, y=y: gp.sites_at(x, y))
+    refused(gp, "no rows", lambda gp: gp.nlpd(x[:0], torch.ones(0, dtype=F64)))
 
 
 # --- files ----------------------------------------------------------------------------------------
