@@ -11,9 +11,11 @@ import math
 import warnings
 
 import torch
+from gpytorch.constraints import Interval
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from gpytorch.means import Mean
+from torch import Tensor
 
 from dualgp.basis import InducingBasis
 from dualgp.errors import NotPositiveDefiniteError, NumericalWarning
@@ -52,17 +54,23 @@ def in_units_of(data: Data, kernel: Kernel, mean: Mean | None, likelihood: Likel
         return kernel, likelihood
     kernel, likelihood = copy.deepcopy((kernel, likelihood))
     if likelihood.raw_noise.requires_grad:
-        lowest = 1.01 * float(likelihood.noise_covar.raw_noise_constraint.lower_bound.max())
-        likelihood.noise = (likelihood.noise * ratio).clamp_min(lowest)
+        likelihood.noise = _inside(likelihood.noise_covar.raw_noise_constraint, likelihood.noise * ratio)
     _multiply(kernel, ratio)
     return kernel, likelihood
+
+
+def _inside(constraint: Interval, value: Tensor) -> Tensor:
+    """Return the nearest value that a constraint allows, a little off its bounds, where a gradient still is."""
+    low, high = constraint.lower_bound.to(value), constraint.upper_bound.to(value)
+    margin = torch.where(high.isfinite(), 0.01 * (high - low), 0.01 * low)
+    return value.clamp(low + margin, high - margin)
 
 
 def _multiply(kernel: Kernel, factor: float) -> None:
     """Multiply what the kernel is scaled by: of a sum each term, of a product one factor."""
     if isinstance(kernel, ScaleKernel):
         if kernel.raw_outputscale.requires_grad:
-            kernel.outputscale = kernel.outputscale * factor
+            kernel.outputscale = _inside(kernel.raw_outputscale_constraint, kernel.outputscale * factor)
     elif isinstance(kernel, (AdditiveKernel, ProductKernel)):
         for part in kernel.kernels[: None if isinstance(kernel, AdditiveKernel) else 1]:
             _multiply(part, factor)
@@ -89,7 +97,7 @@ def workable_kernel(
         scaled = copy.deepcopy(kernel)
         for k in scaled.modules():
             if isinstance(k, Kernel) and k.has_lengthscale:
-                k.lengthscale = k.lengthscale * factor
+                k.lengthscale = _inside(k.raw_lengthscale_constraint, k.lengthscale * factor)
         try:
             basis = InducingBasis(scaled, some.x[..., :_INDUCING, :], mean, num_outputs=num_outputs)
             elbo = e_step(Source(basis, some), likelihood, max_passes=8).elbo

@@ -100,3 +100,16 @@ def test_an_offset_that_the_mean_learns_is_no_amplitude():
     x, y, _ = waves(100)
     kernel, likelihood, mean = ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double(), ConstantMean().double()
     assert in_units_of(Data(x, y + 1000, False), kernel, mean, likelihood) == (kernel, likelihood)
+
+
+def test_targets_in_other_units_stay_within_the_bounds_of_constraints():
+    x, y, _ = waves(100)
+    kernel = ScaleKernel(RBFKernel(), outputscale_constraint=gpytorch.constraints.Interval(0.1, 2.0)).double()
+    noise = GaussianLikelihood(noise_constraint=gpytorch.constraints.Interval(1e-3, 5.0)).double()
+    for factor in (1e3, 1e-3):
+        scaled, likelihood = in_units_of(Data(x, factor * y, False), kernel, None, noise)
+        assert 0.1 < scaled.outputscale.item() < 2.0
+        assert 1e-3 < likelihood.noise.item() < 5.0
+    gp = DualGP(kernel, noise, num_inducing=10)
+    gp.update(x, 1e3 * y)
+    assert 0.1 < gp.kernel.outputscale.item() < 2.0
