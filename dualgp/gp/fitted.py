@@ -51,6 +51,7 @@ class FittedGP(nn.Module):
     noise_statistics: Tensor | None
     num_rest: Tensor | None
     num_seen: Tensor | None
+    log_start: Tensor | None
     _posterior: Posterior | None
 
     def _register(self, inducing_points: Tensor | None) -> None:

@@ -43,6 +43,10 @@ class Noise(NamedTuple):
     num_data: float
     power: float
 
+    def shifted(self, site: Site, shift: Tensor) -> Noise:
+        """Return the same about another mean μ, given the site of the data and w_old = Tw + shift there."""
+        return self._replace(power=self.power - 2.0 * float(at_shift(site, shift)))
+
     def under(self, variance: float) -> Noise:
         """Return the same under another noise variance."""
         return Noise(variance, self.num_data, self.power * (self.variance / variance))
@@ -75,7 +79,7 @@ class Anchor(NamedTuple):
 
     def constant(self, hyper: Hyper, Z: Tensor, T: Tensor, shift: Tensor) -> Tensor:
         """Return what E_q[log t_old] has beside the carried site: λᵀs − ½ sᵀBs − ½ tr(B cov ε), s the shift."""
-        value = (self.site.lam * shift).sum() - 0.5 * (self.site.B * (shift.unsqueeze(-1) * shift.unsqueeze(-2))).sum()
+        value = at_shift(self.site, shift)
         if not self._holds(Z):
             own = self._jittered(prior_covariance(hyper.kernel, self.Z), hyper, self.Z)
             value = value - 0.5 * (self.site.B * (self.L_inv @ own @ self.L_inv.mT - T @ T.mT)).sum()
@@ -105,6 +109,11 @@ class Anchor(NamedTuple):
     def _jittered(self, K: Tensor, hyper: Hyper, Z: Tensor) -> Tensor:
         jitter = self.jitter * kernel_diagonal(hyper.kernel, Z).mean(-1)[..., None, None]
         return K + jitter * torch.eye(Z.shape[-2], dtype=torch.float64, device=Z.device)
+
+
+def at_shift(site: Site, shift: Tensor) -> Tensor:
+    """Return λᵀs − ½ sᵀBs: log t at the shift that another mean makes, which the site pulled back leaves out."""
+    return (site.lam * shift).sum() - 0.5 * (site.B * (shift.unsqueeze(-1) * shift.unsqueeze(-2))).sum()
 
 
 class Sample(NamedTuple):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dualgp.basis import InducingBasis
 
+GUARD = 2.0  # standard deviation of log θ about the start of a stream: a factor of seven
+
 
 class Hyper(gpytorch.Module):
     """A float64 working copy of kernel, mean, likelihood and Z; training changes this, never the model itself.
@@ -53,6 +55,7 @@ class Hyper(gpytorch.Module):
         if not learn_hyperparameters:
             self.requires_grad_(False)
         self.dtype, self.num_outputs, self.jitter = dtype, num_outputs, jitter
+        self.start: Tensor | None = None
         self.set_inducing(inducing_points, learn=learn_inducing)
 
     def set_inducing(self, inducing_points: Tensor, *, learn: bool = False) -> None:
@@ -115,9 +118,28 @@ class Hyper(gpytorch.Module):
             p.copy_(p.to(dtype))
         self.Z.copy_(self.Z.to(self.dtype))
 
+    def guard(self, start: Tensor | None) -> Tensor:
+        """Hold positive hyperparameters near where a stream began, log θ ~ N(log θ₀, GUARD²); return log θ₀.
+
+        Few data, or data of one class, leave θ free to go where nothing of what comes later can be learned. Against a
+        thousand data the guard weighs nothing.
+
+        Args:
+            start: log θ₀; the present values if it is None, or of other parameters than are learned now.
+        """
+        now = self._log_values().detach()
+        self.start = now if start is None or start.shape != now.shape else start.to(now)
+        return self.start
+
+    def _log_values(self) -> Tensor:
+        values = [torch.nn.functional.softplus(c.parameter).flatten() for c in self._coordinates() if c.is_log]
+        return torch.cat([self.Z.new_zeros(0), *values]).clamp_min(1e-300).log()
+
     def log_prior(self) -> Tensor:
-        """Return Σ log p(θ) over the priors registered on kernel, mean and likelihood; differentiable."""
+        """Return Σ log p(θ) over priors registered on kernel, mean and likelihood, and the guard; differentiable."""
         total = torch.zeros((), dtype=torch.float64, device=self.Z.device)
+        if self.start is not None:
+            total = total - 0.5 * ((self._log_values() - self.start) / GUARD).square().sum()
         for term in self._prior_terms():
             total = total + term
         return total

@@ -203,8 +203,9 @@ class DualGP(FittedGP):
 
         Z takes in inputs of the batch; the sites of batch and memory are found, given all that is forgotten;
         hyperparameters follow on the bound on everything seen; memory is chosen anew; Z gives up what costs least. Each
-        step is a function of `dualgp.gp.update`. At fixed hyperparameters and Z, Gaussian likelihoods give what all
-        data at once would give.
+        step is a function of `dualgp.gp.update`. Positive hyperparameters are held by log θ ~ N(log θ₀, 2²) about where
+        the stream began, which a thousand data overrule and a few of one class do not. At fixed hyperparameters and Z,
+        Gaussian likelihoods give what all data at once would give.
 
         Args:
             X: inputs [n, D], in one dtype throughout.
@@ -343,6 +344,11 @@ class DualGP(FittedGP):
     def _hyper(
         self, kernel: Kernel, likelihood: Likelihood, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool
     ) -> Hyper:
+        if (learn_inducing or learn_hyperparameters) and torch.is_inference_mode_enabled():
+            raise InputError(
+                "Hyperparameters and Z are learned by gradients, which torch.inference_mode() forbids: call this "
+                "outside of it, or with learn_hyperparameters=False (and learn_inducing=False)."
+            )
         return Hyper(
             kernel,
             self.mean,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MEMORY = ("x", "y", "noise", "weights", "lam", "beta", "ids", "keys")
 _MEMORY_BUFFERS = tuple(f"memory_{name}" for name in _MEMORY)
-BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_rest", "num_seen")
+BUFFERS = ("rest_lam", "rest_B", *_MEMORY_BUFFERS, "noise_statistics", "num_rest", "num_seen", "log_start")
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         hyper = model._hyper(kernel, likelihood, state.basis.inducing_points, False, True)
     if hyper is not None and not hyper.trained():
         hyper = None
+    log_start = model.log_start if hyper is None else hyper.guard(model.log_start)
     outputs = () if model.num_outputs is None else (model.num_outputs,)
     zero = torch.zeros(*data.x.shape[:-1], *outputs, dtype=torch.float64, device=data.x.device)
     draw = model.generator.get_state()
@@ -179,6 +180,7 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     if hyper is not None:
         model._take_hyperparameters(hyper)
     write(model, state, owned=hyper is None)
+    model.log_start = log_start
     return UpdateResult(
         state.num_seen,
         state.basis.num_inducing,
@@ -249,13 +251,15 @@ def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
 
 def rebase(model: FittedGP, q: Posterior, basis: InducingBasis) -> None:
     """Read the model under hyperparameters set by hand: rest by form U, memory by form S."""
-    if model.rest_lam is None or model.rest_B is None:
-        state = replace(_as_rest(model, q), posterior=q.rebase(basis))
-        rest = state.posterior.site
-    else:
-        state = replace(_as_rest(model, q), rest=Site(model.rest_lam, model.rest_B))
-        rest = state.rest.pull_back(*q.basis.change_to(basis))
-    write(model, _rebuilt(replace(state, posterior=Posterior(basis, rest), rest=rest), state.memory))
+    state = _as_rest(model, q)
+    if model.rest_lam is not None and model.rest_B is not None:
+        state = replace(state, rest=Site(model.rest_lam, model.rest_B))
+    A, shift = q.basis.change_to(basis)
+    rest = state.rest.pull_back(A, shift)
+    noise = None if state.noise is None else state.noise.shifted(state.rest, shift)
+    state = replace(state, posterior=Posterior(basis, rest), rest=rest, noise=noise)
+    write(model, _rebuilt(state, state.memory))
+    model.log_start = None  # hyperparameters set by hand are a start of their own
 
 
 def forget(model: FittedGP, ids: Tensor) -> None:
@@ -263,7 +267,10 @@ def forget(model: FittedGP, ids: Tensor) -> None:
     state = _state(model)
     if state.memory is None:
         raise InputError("Memory is empty: no datum's site is known one by one, so none can be taken out.")
-    wanted = torch.as_tensor(ids, device=state.rest.lam.device).reshape(-1).unique()
+    try:
+        wanted = torch.as_tensor(ids, device=state.rest.lam.device).reshape(-1).unique()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"ids must be integers, as in memory.ids; got {ids!r}.") from e
     if not len(wanted):
         return
     if wanted.dtype not in (torch.int64, torch.int32):

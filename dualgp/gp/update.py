@@ -195,9 +195,10 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
     m_step(hyper, evaluate, max(1, data.count), max_iter=M_ITERATIONS, tol=0.1 * settings.tol, radius=TRUST_RADIUS)
     hyper.round()
     basis = hyper.basis()
-    rest = anchor.carry(hyper, basis.expand(basis.inducing_points), basis.L)
-    noise = state.noise
+    T, shift = anchor.map_from(hyper, basis.expand(basis.inducing_points), basis.L)
+    rest, noise = anchor.along(hyper, T, shift), state.noise
     if noise is not None:
+        noise = noise.shifted(state.rest, shift)
         if sample is not None and state.memory is not None:
             noise = noise._replace(power=noise.power + float(sample.change(residuals(hyper, state.memory.data.x))))
         noise = noise.under(float(hyper.likelihood.noise.detach().sum()))

@@ -205,6 +205,15 @@ def test_a_loader_without_a_batch():
         both("no batch", lambda gp, batches=batches: gp.update_all(batches, progress=False))
 
 
+@pytest.mark.parametrize("verb", ["fit", "update"])
+def test_learning_in_inference_mode(verb):
+    def learn(gp: DualGP) -> None:
+        with torch.inference_mode():
+            getattr(gp, verb)(X[:6], Y[:6])
+
+    both("learn_hyperparameters=False", learn)
+
+
 # --- forget, fade, move_inducing ------------------------------------------------------------------
 
 
@@ -217,6 +226,8 @@ def test_a_loader_without_a_batch():
         (torch.tensor([[50], [51]], dtype=torch.int32), r"Data \[50, 51\] are not in memory"),
         (torch.tensor([1.0]), "ids must be integers, as in memory.ids; got torch.float32"),
         (torch.tensor([True]), "ids must be integers, as in memory.ids; got torch.bool"),
+        ("first", "ids must be integers, as in memory.ids; got 'first'"),
+        (None, "ids must be integers, as in memory.ids; got None"),
     ],
 )
 def test_ids_that_are_not_in_memory(ids, match):

@@ -617,7 +617,7 @@ def test_the_state_does_not_grow(options, name):
     gp = new(name, given=False, **options)
     sizes = []
     for k, rows in enumerate(torch.arange(240).split(4)):
-        gp.update(x[rows], y[rows], learn_hyperparameters=k == 20)
+        gp.update(x[rows], y[rows], learn_hyperparameters=k in (5, 20))
         sizes.append(sum(v.numel() for v in gp.state_dict().values()))
     assert len(sizes) == 60
     assert set(sizes[10:]) == {max(sizes)}
@@ -826,3 +826,91 @@ def test_data_that_hardly_count_do_not_keep_their_places_in_memory():
     w[:20] = 1e-6
     gp.update(x, y, weights=w, learn_hyperparameters=False)
     assert gp.memory.ids.min() >= 20
+
+
+# --- the noise statistics follow the mean -----------------------------------------------------------
+
+
+def with_mean(mean: gpytorch.means.Mean, memory: int = 0) -> tuple[DualGP, torch.Tensor, torch.Tensor]:
+    """A stream whose Z holds all inputs, so that what is forgotten can be read at any mean, exactly."""
+    x, f, g = waves(30, 1, seed=3)
+    y = f + 2.0 + 1.5 * x[:, 0] + 0.3 * torch.randn(30, generator=g, dtype=F64)
+    gp = DualGP(rbf(0.6), gaussian(), mean=mean.double(), inducing_points=x, memory=memory, jitter=1e-10)
+    return gp, x, y
+
+
+def power(gp: DualGP, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Σ β((y − μ)² + r) of data, from the definition; r = 0 where Z holds them."""
+    return float(((y - gp.mean(x)).square().sum() / gp.likelihood.noise).detach())
+
+
+@pytest.mark.parametrize("memory", [0, 8])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("mean", [gpytorch.means.ConstantMean, lambda: gpytorch.means.LinearMean(1)])
+def test_what_is_forgotten_says_of_the_noise_what_its_data_would(mean, by_hand, memory):
+    gp, x, y = with_mean(mean(), memory)
+    torch.nn.init.constant_(next(gp.mean.parameters()), 0.0)
+    for rows in torch.arange(30).split(10):
+        gp.update(x[rows], y[rows], learn_hyperparameters=not by_hand, move_inducing=False)
+    if by_hand:
+        with torch.no_grad():
+            for p in gp.mean.parameters():
+                p.add_(0.7)
+    state = read(gp)
+    held = torch.arange(0) if state.memory is None else state.memory.ids
+    gone = torch.tensor([i for i in range(30) if i not in held.tolist()])
+    assert gp.posterior.site.lam.isfinite().all()  # the posterior is read under the mean that is set
+    state = read(gp)
+    assert state.noise.num_data == len(gone)
+    assert abs(state.noise.power / power(gp, x[gone], y[gone]) - 1.0) < 1e-3
+
+
+@pytest.mark.parametrize("mean", [gpytorch.means.ConstantMean, lambda: gpytorch.means.LinearMean(1)])
+def test_a_stream_with_a_learned_mean_learns_what_a_fit_learns(mean):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 1, generator=g, dtype=F64) * 4 - 2
+    y = (3 * x[:, 0]).sin() + 0.5 * x[:, 0] + 1.0 + 0.1 * torch.randn(200, generator=g, dtype=F64)
+    models = [DualGP(rbf(), gaussian(), mean=mean().double(), num_inducing=20, memory=20) for _ in range(2)]
+    models[0].update_all(zip(x.split(20), y.split(20), strict=True), progress=False)
+    models[1].fit(x, y, progress=False)
+    stream, fit = (gp.likelihood.noise.item() for gp in models)
+    assert abs(stream / fit - 1.0) < 0.05  # 200 data say the noise variance to a tenth
+    assert abs(models[0].nlpd(x, y) - models[1].nlpd(x, y)) < 0.02
+
+
+# --- hyperparameters on little data -----------------------------------------------------------------
+
+
+def test_a_stream_sorted_by_label_still_learns_its_lengthscale():
+    """Data of one class leave the lengthscale free to grow, to where the other class finds a poor optimum (.6 here)."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 1, generator=g, dtype=F64) * 4 - 2
+    y = ((3 * x[:, 0]).sin() + 0.1 * torch.randn(200, generator=g, dtype=F64) > 0).double()
+    gp = DualGP(gpytorch.kernels.ScaleKernel(rbf()).double(), BernoulliLikelihood(), num_inducing=20, memory=20)
+    for rows in y.argsort(stable=True).split(20):
+        gp.update(x[rows], y[rows])
+    assert gp.nlpd(x, y) < 0.2
+
+
+def test_the_guard_is_a_normal_prior_about_the_start(tmp_path):
+    x, y = problem("gaussian")
+    gp = new(given=False)
+    gp.update(x[:20], y[:20])
+    assert gp.log_start is not None
+    hyper = gp._hyper(gp.kernel, gp.likelihood, gp.inducing_points, False, True)
+    without = hyper.log_prior()
+    start = gp.log_start.clone()
+    assert torch.equal(hyper.guard(start), start)
+    logs = torch.cat([torch.nn.functional.softplus(p).flatten() for p in hyper.trained()]).log()
+    assert logs.shape == start.shape == (3,)  # noise, amplitude, lengthscale
+    assert gap(hyper.log_prior() - without, -0.5 * ((logs - start) / 2.0).square().sum()) < 1e-12
+    assert not torch.equal(logs, start)
+    gp.update(x[20:], y[20:])
+    assert torch.equal(gp.log_start, start)
+    gp.save(tmp_path / "gp.safetensors")
+    loaded = DualGP.load(tmp_path / "gp.safetensors", rbf(), gaussian())
+    assert torch.equal(loaded.log_start, start)
+    with torch.no_grad():
+        gp.kernel.outputscale = 3.0  # set by hand: a start of its own
+    assert gp.posterior is not None
+    assert gp.log_start is None
