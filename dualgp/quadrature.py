@@ -33,6 +33,12 @@ def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Flo
     return torch.as_tensor(x).to(like), torch.as_tensor(w).to(like)
 
 
+def gauss_legendre(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
+    """Return nodes and weights for an integral from 0 to 1, on the device and in the dtype of `like`."""
+    x, w = np.polynomial.legendre.leggauss(num_nodes)
+    return torch.as_tensor(0.5 + 0.5 * x).to(like), torch.as_tensor(0.5 * w).to(like)
+
+
 def hermite_points(mean: Tensor, var: Tensor, num_nodes: int = NUM_NODES) -> tuple[Tensor, Tensor]:
     """Return points [h, *mean.shape] and weights [h] such that Σ w g(points) is E[g(f)], f ~ N(mean, var)."""
     x, w = gauss_hermite(num_nodes, mean)
