@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,34 @@ class Stop:
             check_count("budget", self.budget, 1)
 
 
-def learn_more(model: Any, x: Tensor, y: Tensor) -> Any:
-    """Return the model given more data: `update` of a copy of a `DualGP`, `condition` of a `NetworkPosterior`."""
+def learn_more(model: Any, x: Tensor, y: Tensor, *, growth: float | int = 1.25) -> Any:
+    """Return the model given more data: `update` of a copy of a `DualGP`, `condition` of a `NetworkPosterior`.
+
+    Hyperparameters of a `DualGP` are learned once its data have grown by a quarter since, so that n queries learn them
+    O(log n) times: what costs most is what changes least.
+
+    Args:
+        model: either.
+        x: new inputs.
+        y: their labels.
+        growth: the factor; 1 learns them every time.
+
+    Raises:
+        InputError: if growth is below 1; and as the model does.
+    """
+    if not growth >= 1:
+        raise InputError(f"growth is a factor of at least 1, got {growth}.")
     if not hasattr(model, "update"):
         return model.condition(x, y)
     model = copy.deepcopy(model)
-    model.update(x, y)
+    seen = 0 if model.num_seen is None else int(model.num_seen)
+    model.update(x, y, learn_hyperparameters=_step(seen + len(x), growth) > _step(seen, growth))
     return model
+
+
+def _step(count: int, growth: float | int) -> int:
+    """How many times so many data have grown by the factor."""
+    return count if growth == 1 else math.floor(math.log(count, growth) + 1e-9) if count else -1
 
 
 class PoolLoop:

@@ -1,6 +1,7 @@
 """The loop over a pool: a value that gives the same again, wherever it was stopped."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from netproblems import X as X_NET
 from toys import gap, gaussian, line, matern, unchecked, waves
 
 from dualgp import DualGP, errors, network_gp
-from dualgp.active import PoolLoop, Stop, select
+from dualgp.active import PoolLoop, Stop, learn_more, select
 
 X, F, _ = waves(60, 2)
 LABELS = (F > 0).double()
@@ -77,11 +78,24 @@ def test_what_is_asked_is_what_select_says_of_the_rest():
 
 
 def test_the_model_is_that_of_a_stream():
-    end = go(loop(), 2)
+    """Of which hyperparameters are learned at 8 and at 10 data, not at 9 and 11: the steps are powers of 1.25."""
+    end = go(loop(), 3, count=1)
     gp = model()
-    for start, stop in ((0, 8), (8, 11), (11, 14)):
-        gp.update(X[end.ids[start:stop]], LABELS[end.ids[start:stop]])
+    for start, stop, learn in ((0, 8, True), (8, 9, False), (9, 10, True), (10, 11, False)):
+        ids = end.ids[start:stop]
+        gp.update(X[ids], LABELS[ids], learn_hyperparameters=learn)
     assert torch.equal(end.model.predict(X)[0], gp.predict(X)[0])
+
+
+def test_hyperparameters_every_time():
+    every = functools.partial(learn_more, growth=1)
+    end = go(loop(learn=every), 2, count=1)
+    gp = model()
+    for ids in (end.ids[:8], end.ids[8:9], end.ids[9:]):
+        gp.update(X[ids], LABELS[ids])
+    assert torch.equal(end.model.predict(X)[0], gp.predict(X)[0])
+    with pytest.raises(errors.InputError, match="at least 1"):
+        learn_more(gp, X, LABELS, growth=0.5)
 
 
 def test_a_refit_is_given_all_data():
