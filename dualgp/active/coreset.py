@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from dualgp.active.batch import Selection
-from dualgp.active.field import Field, check_candidates, is_coupled
+from dualgp.active.field import Field, as_targets, check_candidates, is_coupled
+from dualgp.duals import is_gaussian
 from dualgp.errors import InputError, check_count
 from dualgp.influence import leverage, sensitivity, validation_influence
 from dualgp.influence.blocks import as_matrices, bare, check_sites
+from dualgp.information import expected_beta
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
@@ -35,11 +37,13 @@ def core_set(
     |---|---|
     | "leverage" | tr B_iV_i: how much of its own prediction a datum decides |
     | "sensitivity" | Σ_c ∣B_i Δf_i∣: how far the prediction moves without it |
-    | "variance" | ½ log∣I + B_i V_i∣ under the prior and the data chosen before it: the information that each adds |
+    | "variance" | ½ log∣I + B_i V_i∣ given the data chosen before it and no others: the information that each adds |
     | "influence" | by how much its weight lowers the loss on validation data |
 
-    The first two rank data by themselves, and like data that stand for each other all rank low. "variance" takes one of
-    each kind: greedily the set of greatest ½ log∣I + V B∣, whose labels say most about f.
+    The first two rank data by themselves: those that a model of all data leans on, near a boundary above all, and like
+    data that stand for each other all rank low. "variance" takes one of each kind, greedily the set of greatest
+    ½ log∣I + V B∣, for a model of those alone: its sites will be found anew, so that for a `DualGP` B is what the prior
+    expects (β of a label is small where all data made it certain). A network's sites are where they are.
 
     Args:
         q: a fitted `DualGP`, a `NetworkPosterior` or a `Posterior`, which holds the sites.
@@ -92,14 +96,18 @@ def _greedy(q: Any, x: Tensor, sites: Sites, count: int, shortlist: int) -> Sele
     prior: Any = Posterior(basis)
     lever = leverage(prior, x, sites)
     rows = lever.argsort(descending=True, stable=True)[: max(count, shortlist)]
-    cov = prior.joint(x[rows])[1]
+    mean, cov = prior.joint(x[rows])
     B = as_matrices(sites[rows])[1].double()  # [n, C, C]
     C, n = B.shape[-1], len(rows)
+    likelihood = getattr(q, "likelihood", None)
     if is_coupled(q):
-        cov, precision = cov.unsqueeze(0), B.unsqueeze(1)
+        found = Field(likelihood, mean.reshape(n, C), cov.unsqueeze(0), B.unsqueeze(1))
     else:
-        cov, precision = cov.reshape(C, n, n), B.diagonal(dim1=-2, dim2=-1)[..., None, None]
-    found = Field(getattr(q, "likelihood", None), torch.zeros(n, C, dtype=cov.dtype), cov, precision)  # type: ignore[arg-type]
+        mean, cov, beta = mean.reshape(C, n).mT, cov.reshape(C, n, n), B.diagonal(dim1=-2, dim2=-1)
+        if likelihood is not None and not is_gaussian(likelihood):
+            var = cov.diagonal(dim1=-2, dim2=-1).mT
+            beta = expected_beta(likelihood, *as_targets(mean, var, likelihood)).reshape(n, C)
+        found = Field(likelihood, mean, cov, beta[..., None, None])
     chosen: list[int] = []
     scores: list[Tensor] = []
     for _ in range(count):

@@ -68,7 +68,7 @@ def moments(q: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
     return seen(q.likelihood, mean.double(), cov.double())
 
 
-def seen(likelihood: Likelihood, mean: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def seen(likelihood: Likelihood | None, mean: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return means [n, C] and variances [n, C] of coupled outputs, from their covariances [n, C, C].
 
     A softmax knows nothing of f along 1: its latents are taken as independent ones of the spread of HVH·C/(C − 1),
@@ -94,7 +94,7 @@ class Field:
         precision: of the site that a datum at each input will have, expected before its y is known, [N, P, c, c].
     """
 
-    likelihood: Likelihood
+    likelihood: Likelihood | None
     mean: Tensor
     cov: Tensor
     precision: Tensor

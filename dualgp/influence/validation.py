@@ -75,7 +75,7 @@ def validation_influence(
             alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
             across = posterior.function_cross(x[rows], x_val)  # [n, C, v, C]
             pull = torch.einsum("ncvd,vd->nc", across, d_mean)
-            inner = torch.einsum("ncvd,nce,nevd->nvd", across, B, across)
+            inner = torch.einsum("ncvd,nck,nkvd->nvd", across, B, across)
             parts.append(-(pull * alpha).sum(-1) + torch.einsum("nvd,vd->n", inner, d_var))
     return torch.cat(parts)
 
