@@ -197,11 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1 if SMOKE else 10)
     parser.add_argument("--tasks", nargs="+", default=["counts", "labels"])
+    parser.add_argument("--asks", nargs="+", default=["straddle", "reduction", "random"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = []
     for name in args.tasks:
         for label, (_, rule) in MODELS.items():
+            if rule not in args.asks:
+                continue
             runs = [run(name, label, seed) for seed in range(args.seeds)]
             curves = torch.tensor([r[0] for r in runs])
             cells = []

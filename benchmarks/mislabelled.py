@@ -98,8 +98,9 @@ def confident(X: Tensor, y: Tensor, seed: int) -> Tensor:
     for fold in torch.randperm(len(X), generator=torch.Generator().manual_seed(seed)).chunk(FOLDS):
         inside = torch.ones(len(X), dtype=torch.bool)
         inside[fold] = False
+        net = train(X[inside], y[inside], seed)
         with torch.no_grad():
-            p[fold] = train(X[inside], y[inside], seed)(X[fold]).softmax(-1)
+            p[fold] = net(X[fold]).softmax(-1)
     own = p.gather(1, y.unsqueeze(-1)).squeeze(-1)
     others = p.scatter(1, y.unsqueeze(-1), 0.0)
     threshold = torch.stack([p[y == c, c].mean() for c in range(10)])

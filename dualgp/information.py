@@ -155,10 +155,10 @@ def _bump(g: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor) -> Tensor:
     narrow = expectation(g, mean, torch.where(wide, 1.0, var), MANY_NODES)
     if not bool(wide.any()):
         return narrow
-    line = torch.arange(-40.0, 40.25, 0.25, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * mean.ndim)
+    line = torch.arange(-40.0, 40.5, 0.5, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * mean.ndim)
     safe = torch.where(wide, var, 1.0)
     density = (-0.5 * (line - mean).square() / safe).exp() / (2.0 * math.pi * safe).sqrt()
-    return torch.where(wide, 0.25 * (g(line) * density).sum(0), narrow)
+    return torch.where(wide, 0.5 * (g(line) * density).sum(0), narrow)
 
 
 def _check(likelihood: Likelihood) -> None:

@@ -133,6 +133,10 @@ class Field:
     def explained(self, candidates: slice, targets: slice) -> Tensor:
         """Return by how much an observation at each candidate lowers the variance at each target, [n, T, P, c]."""
         c, N = self.width, len(self.mean)
+        if c == 1:
+            beta = self.precision[candidates, :, 0, 0].clamp_min(0.0)  # [n, P]
+            share = beta / (1.0 + beta * self.var[candidates])
+            return (self.cov[:, candidates, targets].square().movedim(0, -1) * share.unsqueeze(1)).unsqueeze(-1)
         V = self.cov.reshape(-1, N, c, N, c)
         own = V[:, candidates, :, candidates].diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)  # [n, P, c, c]
         across = V[:, targets][..., candidates, :].permute(3, 0, 1, 2, 4)  # [n, P, T, c, c]
