@@ -82,7 +82,8 @@ class PoolLoop:
     how many rounds there were and on nothing else, so that a loop that was stopped goes on as if it had not been.
 
     Args:
-        model: a `DualGP` (never fitted, if the first labels come by `tell`) or a `NetworkPosterior`.
+        model: a `DualGP` (never fitted, if the first labels come by `tell`) or a `NetworkPosterior`; or anything that
+            `learn` takes.
         pool: inputs without labels, [n, D] or [n, *input_shape].
         rule: as in `score`.
         stop: when it is done.
@@ -139,6 +140,7 @@ class PoolLoop:
         self._start = model
         self._seed = 0 if generator is None else int(torch.randint(1 << 62, (), generator=generator))
         self._rounds: tuple[_Round, ...] = ()
+        self._asked: Selection | None = None
 
     @property
     def ids(self) -> Int[Tensor, "k"]:
@@ -211,7 +213,7 @@ class PoolLoop:
             progress: whether to show a bar; None shows one if standard error is a terminal.
 
         Raises:
-            InputError: as `ask` and `tell`; what was told before is kept by no one but `label`.
+            InputError: as `ask` and `tell`. The loop so far is then lost: to keep it, write the `while` of the example.
         """
         check_count("count", count, 1)
         loop, limit = self, min(self.stop.budget or len(self.pool), len(self.pool))
@@ -263,8 +265,6 @@ class PoolLoop:
             loop._check(ids, y)
             loop = loop._with(_Round(ids, y, float(best)))
         return loop
-
-    _asked: Selection | None = None
 
     def _select(self, count: int) -> Selection:
         left = self.left

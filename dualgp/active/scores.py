@@ -2,11 +2,11 @@
 
 | rule | score |
 |---|---|
-| `"entropy"` | H[E_q p(y|f)]: how uncertain the label is, noise included |
+| `"entropy"` | H[E_q p(y∣f)]: how uncertain the label is, noise included |
 | `"bald"` | I(y; f(x)): how much of that the model could learn |
 | `"variance"` | Σ_c v_c of the latent |
 | `"leverage"` | Σ_c β̄_c v_c / (1 + β̄_c v_c): the leverage that the datum will have once it is in |
-| `"boundary"` | −|m − level| / √v: how likely f is on the other side of a level than its mean |
+| `"boundary"` | −∣m − level∣ / √v: how likely f is on the other side of a level than its mean |
 | `"reduction"` | by how much it lowers the variance at targets, or the error of which side of a level they are on |
 | `"random"` | a number drawn |
 

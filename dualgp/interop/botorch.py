@@ -5,7 +5,7 @@
 | `posterior(X)` | the joint Gaussian of f(X), b x q x m |
 | `observation_noise=True` | and the noise; for labels and counts 1/β̄, that of the site of a datum |
 | `condition_on_observations` | `DualGP.condition`: exact in the new data, whatever the likelihood |
-| `fantasize` | the same on targets drawn from p(y|f), f drawn by the sampler |
+| `fantasize` | the same on targets drawn from p(y∣f), f drawn by the sampler |
 """
 
 from __future__ import annotations
