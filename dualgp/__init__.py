@@ -17,6 +17,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | fantasies | q · t(f(X)), in function space | `DualGP.condition` |
 | unlearning | q − tᵢ | `Posterior.remove`, `DualGP.forget`, `NetworkPosterior.forget` |
 | leave-one-out, leave-group-out, wrong labels | p(yᵢ ∣ q − tᵢ) | `leave_one_out`, `leave_group_out`, `mislabelled` |
+| which label to ask for | q · t̄(f(x)), of the precision that the site will have | `active.select`, `active.PoolLoop` |
 | leverage; sensitivity | tr BᵢVᵢ; −Vᵢ(I − BᵢVᵢ)⁻¹αᵢ | `leverage`, `sensitivity`, `perturb` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
 | yesterday's posterior as today's prior, on weights | prior ← q | `WeightPosterior.as_prior` |
@@ -24,7 +25,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
-from dualgp import errors, likelihoods
+from dualgp import active, errors, likelihoods
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
@@ -47,6 +48,7 @@ from dualgp.influence import (
     preconditioner_variance,
     sensitivity,
     sum_by,
+    validation_influence,
 )
 from dualgp.jacobian import JacobianBasis
 from dualgp.laplace import laplace_sites
@@ -80,6 +82,7 @@ __all__ = [
     "WeightLayout",
     "WeightPosterior",
     "WeightSite",
+    "active",
     "dual_parameters",
     "errors",
     "expected_log_prob",
@@ -99,4 +102,5 @@ __all__ = [
     "predictive_distribution",
     "sensitivity",
     "sum_by",
+    "validation_influence",
 ]

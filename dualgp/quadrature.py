@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,12 @@ def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Flo
     """Return nodes and weights for an expectation under N(0, 1), on the device and in the dtype of `like`."""
     x, w = _hermite(num_nodes)
     return torch.as_tensor(x).to(like), torch.as_tensor(w).to(like)
+
+
+def gauss_legendre(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
+    """Return nodes and weights for an integral from 0 to 1, on the device and in the dtype of `like`."""
+    x, w = np.polynomial.legendre.leggauss(num_nodes)
+    return torch.as_tensor(0.5 + 0.5 * x).to(like), torch.as_tensor(0.5 * w).to(like)
 
 
 def hermite_points(mean: Tensor, var: Tensor, num_nodes: int = NUM_NODES) -> tuple[Tensor, Tensor]:
@@ -69,6 +75,34 @@ def expected_softmax(mean: Float[Tensor, "*n c"], var: Float[Tensor, "*n c"]) ->
     scale = (_MAX_VARIANCE / var.amax(-1, keepdim=True)).clamp_max(1.0)  # else the rule underflows
     probs = _logsumexp_moments(mean * scale.sqrt(), var * scale)[1]
     return probs / probs.sum(-1, keepdim=True)
+
+
+class SoftmaxEntropies(NamedTuple):
+    """Of p = softmax(f): the entropy of E[p], that expected of p, both [*n], and E[p_c(1 − p_c)], [*n, c]."""
+
+    of_mean: Tensor
+    mean_of: Tensor
+    spread: Tensor
+
+
+def softmax_entropies(mean: Float[Tensor, "*n c"], var: Float[Tensor, "*n c"]) -> SoftmaxEntropies:
+    """Return what a class label would tell of independent f_c ~ N(mean_c, var_c), in nats, to about 1e-7.
+
+    H[p] = log Σ e^f − Σ p_c f_c, and by Stein's lemma E[p_c f_c] = m_c E[p_c] + v_c E[p_c(1 − p_c)]: the moments of the
+    log-sum-exp and nothing else. Where a variance exceeds 1000, f is scaled down to that.
+
+    Example:
+        >>> found = softmax_entropies(torch.zeros(1, 2), torch.full((1, 2), 1e6))  # one of two, which one is not known
+        >>> round(found.of_mean.item(), 2), round(found.mean_of.item(), 1)
+        (0.69, 0.0)
+    """
+    scale = (_MAX_VARIANCE / var.amax(-1, keepdim=True)).clamp_max(1.0)
+    m, v = (mean * scale.sqrt()).double(), (var * scale).double()
+    value, p, d_var = _logsumexp_moments(m, v)
+    spread = 2.0 * d_var.clamp_min(0.0)
+    mean_of = value - (m * p + v * spread).sum(-1)
+    probs = p / p.sum(-1, keepdim=True)
+    return SoftmaxEntropies(torch.special.entr(probs).sum(-1), mean_of.clamp_min(0.0), spread)
 
 
 class _ExpectedLogSumExp(torch.autograd.Function):

@@ -18,9 +18,9 @@ FLOORS: dict[int, set[str]] = {
     1: {"linalg", "files"},
     2: {"sites", "kernels", "quadrature", "likelihoods"},
     3: {"duals", "basis", "inducing", "distributed", "spans"},
-    4: {"jacobian", "laplace", "posterior", "predictive", "weights"},
+    4: {"information", "jacobian", "laplace", "posterior", "predictive", "weights"},
     5: {"influence"},
-    6: {"gp", "nets", "optim", "transfer"},
+    6: {"active", "gp", "nets", "optim", "transfer"},
     7: {"interop", "plotting"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

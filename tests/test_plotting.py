@@ -10,12 +10,15 @@ from matplotlib.colors import to_rgba
 from toys import F64, gap, gaussian, line, matern, rbf, unchecked, waves
 
 from dualgp import DualGP, Posterior, Sites
+from dualgp.active import score
 from dualgp.errors import InputError, NotFittedError
 from dualgp.plotting import (
     BLUE,
     VERMILION,
+    plot_data_scores_2d,
     plot_decision_2d,
     plot_posterior_1d,
+    plot_score_2d,
     plot_sites,
     plot_stream_1d,
     plot_stream_2d,
@@ -243,3 +246,28 @@ def test_a_bare_posterior_is_drawn_too(ax):
     gp, x, _ = regression()
     curve, *_ = plot_posterior_1d(ax, Posterior(gp.posterior.basis, gp.posterior.site), x, inducing=False)
     assert gap(curve.get_ydata(), gp.predict(x)[0]) == 0
+
+
+def test_scores_over_the_plane(ax):
+    gp, *_ = classification()
+    image, *numbers = plot_score_2d(ax, gp, (-2, 2, -1, 1), "variance", chosen=torch.zeros(2, 2), resolution=5)
+    field = image.get_array()
+    assert field.shape == (5, 5)
+    at = torch.tensor([[2.0, -1.0]], dtype=gp.posterior.basis.dtype)  # last in x₁, first in x₂
+    assert gap(torch.as_tensor(field[0, -1]), score(gp, at, "variance")) < 1e-6
+    assert [n.get_text() for n in numbers] == ["1", "2"]
+    assert tuple(image.get_extent()) == (-2, 2, -1, 1)
+    with pytest.raises(InputError, match=r"\[k, 2\]"):
+        plot_score_2d(ax, gp, (-2, 2, -1, 1), chosen=torch.zeros(2, 3), resolution=5)
+
+
+def test_data_by_what_they_matter(ax):
+    x, values = torch.rand(4, 2), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    positive, negative, rings = plot_data_scores_2d(ax, x, values, chosen=torch.tensor([1, 2]))
+    assert gap(torch.as_tensor(positive.get_offsets()), x[[0, 2, 3]]) < 1e-6
+    assert gap(torch.as_tensor(negative.get_offsets()), x[[1]]) < 1e-6
+    assert gap(torch.as_tensor(rings.get_offsets()), x[[1, 2]]) < 1e-6
+    assert list(positive.get_sizes()) == sorted(positive.get_sizes(), reverse=True)
+    assert max(negative.get_sizes()) > max(positive.get_sizes())
+    with pytest.raises(InputError, match="scores"):
+        plot_data_scores_2d(ax, x, values[:2])

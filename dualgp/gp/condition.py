@@ -42,7 +42,7 @@ class Conditioned:
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of f(x), each [*b, T] or [*b, T, C]; differentiable in x and in X."""
-        mean, cov = self._joint(x)
+        mean, cov = self.joint(x)
         var = cov.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
         mean, var = (self.base.by_output(t).to(self.base.basis.dtype) for t in (mean, var))
         return mean, var
@@ -50,12 +50,12 @@ class Conditioned:
     def predict_joint(self, x: Tensor) -> MultivariateNormal:
         """Return the joint Gaussian of f(x); multitask for C outputs."""
         dtype = self.base.basis.dtype
-        mean, cov = self._joint(x)
+        mean, cov = self.joint(x)
         joint = MultivariateNormal(mean.to(dtype), to_linear_operator(symmetrise(cov).to(dtype)))
         return joint if self.base.basis.num_outputs is None else MultitaskMultivariateNormal.from_batch_mvn(joint)
 
-    def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance at x, in float64, data last."""
+    def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data."""
         n, t = self.x.shape[-2], x.shape[-2]
         batch = torch.broadcast_shapes(x.shape[:-2], self.x.shape[:-2])
         both = torch.cat([x.expand(*batch, t, -1), self.x.expand(*batch, n, -1)], -2)

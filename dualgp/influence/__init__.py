@@ -9,6 +9,7 @@ from dualgp.influence.formulas import Shift, removal_shift
 from dualgp.influence.left_out import LeftOut, Ranking, leave_group_out, leave_one_out, mislabelled
 from dualgp.influence.measures import Sensitivity, leverage, leverage_by_class, perturb, sensitivity, sum_by
 from dualgp.influence.preconditioner import DiagonalPosterior, preconditioner_variance
+from dualgp.influence.validation import validation_influence
 
 __all__ = [
     "DiagonalPosterior",
@@ -26,4 +27,5 @@ __all__ = [
     "removal_shift",
     "sensitivity",
     "sum_by",
+    "validation_influence",
 ]
