@@ -48,6 +48,7 @@ from dualgp.influence import (
     sum_by,
 )
 from dualgp.jacobian import JacobianBasis
+from dualgp.kernels import LazyKernel
 from dualgp.laplace import laplace_sites
 from dualgp.nets.convert import from_weight_decay, network_gp
 from dualgp.nets.posterior import NetworkPosterior
@@ -66,6 +67,7 @@ __all__ = [
     "FitResult",
     "InducingBasis",
     "JacobianBasis",
+    "LazyKernel",
     "LeftOut",
     "Memory",
     "NetworkPosterior",

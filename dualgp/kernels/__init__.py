@@ -1,5 +1,6 @@
 """Kernel matrices and network Jacobians, a block of rows at a time."""
 
+from dualgp.kernels.lazy import LazyKernel
 from dualgp.kernels.ntk import JacobianBlock, NetworkJacobian
 from dualgp.kernels.products import (
     check_kernel,
@@ -12,6 +13,7 @@ from dualgp.kernels.products import (
 
 __all__ = [
     "JacobianBlock",
+    "LazyKernel",
     "NetworkJacobian",
     "check_kernel",
     "cross_covariance",
