@@ -30,6 +30,10 @@ class NotFittedError(DualGPError, RuntimeError):
     """A prediction or a score was asked of a model that has no posterior yet."""
 
 
+class SolverError(DualGPError, ArithmeticError):
+    """An iterative solver has not reached its tolerance: the message has the residual, the iterations and a remedy."""
+
+
 class DistributedError(DualGPError, RuntimeError):
     """Another process of a fit has failed or is gone, or the processes went different ways."""
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "dualgp"
 FLOORS: dict[int, set[str]] = {
     0: {"errors"},
     1: {"linalg", "files"},
-    2: {"sites", "kernels", "quadrature", "likelihoods"},
+    2: {"sites", "kernels", "quadrature", "likelihoods", "solvers"},
     3: {"duals", "basis", "inducing", "distributed", "spans"},
     4: {"jacobian", "laplace", "posterior", "predictive"},
     5: {"influence"},

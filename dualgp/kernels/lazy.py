@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
@@ -11,7 +13,7 @@ from dualgp.errors import InputError
 from dualgp.kernels.choice import Choice, choose_backend
 from dualgp.kernels.forms import as_form, form_diagonal
 from dualgp.kernels.products import cross_covariance
-from dualgp.kernels.tiles import Operand, product, row_reduction
+from dualgp.kernels.tiles import Operand, Prepared, product, row_reduction
 from dualgp.linalg import check_fits
 
 
@@ -115,6 +117,17 @@ class LazyKernel:
         check_fits(len(op.x) * len(index), op.dtype, op.x.device, "columns of a kernel matrix", "ask for fewer at once")
         z = op.x if op.z is None else op.z
         return cross_covariance(self.kernel, op.x, z[index], op.dtype)
+
+    @torch.no_grad()
+    def column_reader(self) -> Callable[[int], Tensor]:
+        """Return j ↦ column j [n], under the hyperparameters of now: features of the rows are made once for all."""
+        prepared = Prepared.of(self._op)
+
+        @torch.no_grad()
+        def read(j: int) -> Tensor:
+            return prepared.tile(slice(None), slice(j, j + 1))[:, 0]
+
+        return read
 
     def diagonal(self) -> Float[Tensor, "n"]:
         """Return k(xᵢ, xᵢ) in float64; of a rectangular matrix, too, the prior variance at x."""
