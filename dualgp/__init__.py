@@ -11,6 +11,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
+| exact GP: Z = X, nothing n × n | prior + Σ tᵢ | `ExactGP.fit`, `LazyKernel` |
 | trained network: linearised, in the Jacobian's basis | prior + Σ tᵢ | `network_gp`, `NetworkPosterior` |
 | new data, without refitting | q + t_new | `Posterior.add`, `NetworkPosterior.condition` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
@@ -27,6 +28,7 @@ from dualgp import errors, likelihoods
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
+from dualgp.gp.exact import BoundGradient, ExactGP, ExactResult
 from dualgp.gp.fit import FitResult
 from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
@@ -59,11 +61,14 @@ from dualgp.sites import Site, Sites
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundGradient",
     "Candidates",
     "Conditioned",
     "DiagonalPosterior",
     "DualGP",
     "DualParameters",
+    "ExactGP",
+    "ExactResult",
     "FitResult",
     "InducingBasis",
     "JacobianBasis",

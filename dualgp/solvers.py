@@ -119,8 +119,8 @@ class LowRankPreconditioner:
 
     def solve(self, b: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         """Return P⁻¹ b."""
-        inside = self.inverse_root @ self._project(b)
-        return b - self._lift(self.inverse_root.mT @ inside)
+        inside = self.inverse_root @ self.project(b)
+        return b - self.lift(self.inverse_root.mT @ inside)
 
     def diagonal_of_inverse(self) -> Float[Tensor, "n"]:
         """Return diag P⁻¹ = 1 − |C⁻¹fᵢ|², in (0, 1]."""
@@ -131,12 +131,14 @@ class LowRankPreconditioner:
         """Return draws of N(0, P): ε + F ε'."""
         k, n = self.rows.shape
         noise = torch.randn(n + k, count, dtype=torch.float64, generator=generator).to(self.rows.device)
-        return noise[:n] + self._lift(noise[n:])
+        return noise[:n] + self.lift(noise[n:])
 
-    def _project(self, b: Tensor) -> Tensor:
+    def project(self, b: Float[Tensor, "n w"]) -> Float[Tensor, "k w"]:
+        """Return Fᵀ b."""
         return (self.rows @ b.to(self.rows.dtype)).double()
 
-    def _lift(self, v: Tensor) -> Tensor:
+    def lift(self, v: Float[Tensor, "k w"]) -> Float[Tensor, "n w"]:
+        """Return F v."""
         return (self.rows.mT @ v.to(self.rows.dtype)).double()
 
 

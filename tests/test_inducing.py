@@ -52,7 +52,7 @@ def test_what_is_given_is_not_chosen_again_and_the_rest_follows_as_if_it_had_bee
 
 def test_a_factor_that_cannot_fit_is_refused():
     with pytest.raises(
-        errors.InputError, match=r"A factor of 1000000 columns of 1000000 rows would take 7.28e\+03 GiB"
+        errors.InputError, match=r"A factor of 1000000 columns of 1000000 rows would take 7.45e\+03 GiB"
     ):
         greedy_variance(rbf(), torch.rand(10**6, 1), 10**6)
 

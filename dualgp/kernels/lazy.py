@@ -60,6 +60,10 @@ class LazyKernel:
         self.kernel, self.requested = kernel, backend
         self._op = Operand(kernel, as_form(kernel), x, z, x.dtype)
 
+    def of(self, kernel: Kernel) -> LazyKernel:
+        """Return the matrix of another kernel at the same inputs."""
+        return LazyKernel(kernel, self._op.x, self._op.z, backend=self.requested)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(n, m)."""
