@@ -24,6 +24,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
+from dualgp import _quiet as _quiet  # first
 from dualgp import errors, likelihoods
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
@@ -50,7 +51,7 @@ from dualgp.influence import (
     sum_by,
 )
 from dualgp.jacobian import JacobianBasis
-from dualgp.kernels import LazyKernel
+from dualgp.kernels import LazyKernel, keops_status
 from dualgp.laplace import laplace_sites
 from dualgp.nets.convert import from_weight_decay, network_gp
 from dualgp.nets.posterior import NetworkPosterior
@@ -87,6 +88,7 @@ __all__ = [
     "expected_log_prob",
     "from_weight_decay",
     "greedy_variance",
+    "keops_status",
     "laplace_sites",
     "leave_group_out",
     "leave_one_out",

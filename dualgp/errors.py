@@ -46,6 +46,10 @@ class NumericalWarning(UserWarning):
     """A factorisation needed more jitter than was asked for; the message says how much."""
 
 
+class BackendWarning(UserWarning):
+    """An optional backend that was asked for cannot be used, and another has taken its place; results are the same."""
+
+
 def check_count(name: str, value: object, least: int) -> None:
     """Raise InputError unless an argument is a whole number and not less than `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -1,7 +1,5 @@
 """Lazy products are the dense ones, in value and gradient, for every kernel; and no tile is more than a tile."""
 
-import math
-
 import gpytorch
 import pytest
 import torch
@@ -202,11 +200,10 @@ def test_no_more_than_a_tile_is_held(monkeypatch):
             sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
             return out
 
-    kernel, x, v = make("sum"), draw(3000, D).requires_grad_(), draw(3000, 2)
+    kernel, x, v = make("sum"), draw(1500, D).requires_grad_(), draw(1500, 2)
     with Watch():
         (LazyKernel(kernel, x) @ v).sum().backward()
-    assert max(sizes) <= max(64 * 64 * 2, 3000 * (D + 2))
-    assert math.prod(LazyKernel(kernel, x).shape) == 9_000_000
+    assert max(sizes) <= max(64 * 64 * 2, 1500 * (D + 2))
 
 
 def test_a_product_reads_the_kernel_as_it_is_and_refuses_gradients_of_what_has_moved():

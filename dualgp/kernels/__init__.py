@@ -1,5 +1,6 @@
 """Kernel matrices and network Jacobians, a block of rows at a time."""
 
+from dualgp.kernels.keops import keops_status
 from dualgp.kernels.lazy import LazyKernel
 from dualgp.kernels.ntk import JacobianBlock, NetworkJacobian
 from dualgp.kernels.products import (
@@ -19,6 +20,7 @@ __all__ = [
     "cross_covariance",
     "describe",
     "frozen_copy",
+    "keops_status",
     "kernel_diagonal",
     "prior_covariance",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from dualgp.errors import InputError
 from dualgp.kernels.choice import Choice, choose_backend
 from dualgp.kernels.forms import as_form, form_diagonal
+from dualgp.kernels.keops import keops_product
 from dualgp.kernels.products import cross_covariance
 from dualgp.kernels.tiles import Operand, Prepared, product, row_reduction
 from dualgp.linalg import check_fits
@@ -29,7 +30,8 @@ class LazyKernel:
         kernel: a GPyTorch kernel without a batch shape.
         x: inputs of the rows, [n, D], float32 or float64.
         z: inputs of the columns, [m, D]; x if None: then half of the tiles serve for all.
-        backend: "chunked", "keops", or "auto" (see `choose_backend`).
+        backend: "auto", "chunked" or "keops". "auto" is chunked on a CPU, and on a GPU what was faster on a part of the
+            matrix. Where KeOps is asked for and does not work (`keops_status`), products are chunked, with a warning.
 
     Raises:
         UnsupportedError: for a kernel that has no lazy form.
@@ -102,12 +104,7 @@ class LazyKernel:
             )
         wide = v.unsqueeze(-1) if v.ndim == 1 else v
         choice = choose_backend(op, wide.shape[-1], self.requested)
-        if choice.name == "keops":
-            from dualgp.kernels.keops import keops_product
-
-            out = keops_product(op, wide)
-        else:
-            out = product(op, wide)
+        out = keops_product(op, wide) if choice.name == "keops" else product(op, wide)
         out = out.to(v.dtype)
         return out.squeeze(-1) if v.ndim == 1 else out
 
