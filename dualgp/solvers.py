@@ -31,9 +31,10 @@ class Estimate(NamedTuple):
 
 
 class Solve(NamedTuple):
-    """x with A x = b: relative residuals |b − A x| / |b| [w], iterations, and Lanczos' matrices T [w, k, k]."""
+    """x with A x = b, r = b − A x, relative residuals |r| / |b| [w], iterations, and Lanczos' matrices T [w, k, k]."""
 
     x: Tensor
+    remainder: Tensor
     residual: Tensor
     iterations: int
     tridiagonal: Tensor
@@ -206,10 +207,11 @@ def conjugate_gradients(
         p, rz = z + ratio * p, torch.where(live, new, rz)
         steps.append(step)
         ratios.append(ratio)
-    left = torch.linalg.vector_norm(b - multiply(x), dim=0) / scale if steps else left
+    r = b - multiply(x) if steps else r
+    left = torch.linalg.vector_norm(r, dim=0) / scale
     if bool((left > tol).any()):
         raise SolverError(_message("stopped short of its tolerance", left, len(steps), tol, b.dtype))
-    return Solve(x, left, len(steps), _lanczos(steps, ratios, b.shape[-1], b.device))
+    return Solve(x, r, left, len(steps), _lanczos(steps, ratios, b.shape[-1], b.device))
 
 
 def _message(what: str, left: Tensor, iterations: int, tol: float, dtype: torch.dtype) -> str:

@@ -58,7 +58,8 @@ class Search:
             gain = self._step(wanted, rho)
             if gain < 0 and not self.clipped:
                 rho *= 0.5
-            if abs(gain) < 0.1 * self.tol * len(self.data) or rho < _MIN_RHO:
+            # (Probes stay, so that a gain is known better than the bound; but not much better.)
+            if abs(gain) < max(0.1 * self.tol * len(self.data), 0.1 * self.bound.standard_error) or rho < _MIN_RHO:
                 return
         warnings.warn(
             f"The sites still moved after {max_passes} passes: the bound is good to {abs(gain):.1e} nats.",

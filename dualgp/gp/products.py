@@ -2,8 +2,10 @@
 
 With sites (λ, β) on f(X), μ the prior mean and F = B^½ L of a greedy factor K ≈ LLᵀ,
 
-    A = I + B^½ K B^½,   P = I + F Fᵀ = A to the rank of L,   a = λ̃ − B^½ A⁻¹ B^½ K λ̃,   λ̃ = λ − βμ
+    A = I + B^½ K B^½,   P = I + F Fᵀ = A to the rank of L,   a = c + B^½ A⁻¹(b − B^½ K c),   λ − βμ = B^½ b + c
     mean = μ + K a,   β_i v_i = 1 − [A⁻¹]_ii,   KL = ½ [log|A| − Σ β_i v_i + aᵀK a]
+
+c being what data say whose β is next to nothing; elsewhere it is 0, for K times the λ of n data cancels in a.
 
 Probes z ~ N(0, P) with u = A⁻¹z and w = P⁻¹z serve all that is stochastic, as a correction of what P says exactly:
 
@@ -36,6 +38,9 @@ from dualgp.solvers import (
     pivoted_cholesky,
 )
 
+_TOLD = 1e-4  # β k, beyond which a datum's site says more than rounding and probes
+_BLOCK = 1 << 24  # numbers in k(X, x) of a block of test inputs
+
 
 class Effort(NamedTuple):
     """What solves may take: rank of the preconditioner, probes, relative residual and iterations; and the backend."""
@@ -58,7 +63,6 @@ class State(NamedTuple):
     kl: Estimate
     u: Tensor
     w: Tensor
-    answer: Tensor  # A⁻¹B^½Kλ̃, from which the next solve starts
     preconditioner: LowRankPreconditioner
     iterations: int
 
@@ -104,7 +108,7 @@ class Products:
         """Return the state without sites."""
         zero, none = torch.zeros_like(self.mu), torch.zeros_like(self.noise[: len(self.mu)])
         P = LowRankPreconditioner(self.factor * 0.0)
-        return State(zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, zero, P, 0)
+        return State(zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, P, 0)
 
     @torch.no_grad()
     def state(self, lam: Tensor, beta: Tensor, start: State | None = None) -> State:
@@ -115,12 +119,18 @@ class Products:
         """
         root = beta.sqrt()
         P = self._preconditioner(root)
-        lam_tilde = lam - beta * self.mu
         z = self.noise[: len(root)] + P.lift(self.noise[len(root) :])
-        b = torch.cat([(root * (self.K @ lam_tilde)).unsqueeze(-1), z], 1)
-        first = None if start is None else torch.cat([start.answer.unsqueeze(-1), torch.zeros_like(z)], 1)
-        solved = self.solve(root, P, b, first)
-        a = lam_tilde - root * solved.x[:, 0]
+        told, lam_tilde = beta * self.diag > _TOLD, lam - beta * self.mu
+        safe = torch.where(told, root, 1.0)
+        c = torch.where(told, 0.0, lam_tilde)
+        b = torch.where(told, lam_tilde / safe, 0.0)
+        b = b - root * (self.K @ c) if bool(c.any()) else b
+        first = None
+        if start is not None:
+            first = torch.zeros(len(root), 1 + z.shape[-1], dtype=torch.float64, device=z.device)
+            first[:, 0] = torch.where(told, (start.a - c) / safe, 0.0)
+        solved = self.solve(root, P, torch.cat([b.unsqueeze(-1), z], 1), first)
+        a = c + root * solved.x[:, 0]
         shift = self.K @ a
         u, w = solved.x[:, 1:], P.solve(z)
         taken = self._taken(P, u, w)
@@ -128,10 +138,8 @@ class Products:
         log_det = lanczos_logdet(probes, (z * w).sum(0), P.logdet)
         kl = 0.5 * (log_det.value - float(taken.sum()) + float(a @ shift))
         var = self._variance(P, beta, taken)
-        return State(
-            lam, beta, a, self.mu + shift, var, Estimate(kl, 0.5 * log_det.standard_error), u, w, solved.x[:, 0], P,
-            solved.iterations,
-        )  # fmt: skip
+        error = 0.5 * log_det.standard_error
+        return State(lam, beta, a, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
 
     def solve(self, root: Tensor, P: LowRankPreconditioner, b: Tensor, start: Tensor | None = None) -> Solve:
         """Return A⁻¹b."""
@@ -163,7 +171,7 @@ class Products:
         low = self.unexplained + torch.cat(
             [(P.inverse_root @ part.double()).square().sum(0) for part in self.factor.split(65536, dim=1)]
         )
-        told = beta * self.diag > 1e-4
+        told = beta * self.diag > _TOLD
         var = torch.where(told, taken / torch.where(told, beta, 1.0), low)
         return torch.minimum(var.clamp_min(0.0), self.diag)
 
@@ -174,23 +182,23 @@ class Products:
         return (self.prior_mean(x).unsqueeze(-1) + LazyKernel(self.kernel, x, self.x) @ weights).mT
 
     @torch.no_grad()
-    def predict_var(self, x: Tensor, states: list[State]) -> Tensor:
-        """Return k(x, x) − cᵀB^½A⁻¹B^½c with c = k(X, x), [C, T], by solves for a block of x at a time."""
+    def predict_var(self, inputs: Tensor, states: list[State]) -> Tensor:
+        """Return k(x, x) − cᵀB^½A⁻¹B^½c with c = k(X, x), [C, T], by solves for a block of inputs at a time."""
         step = max(1, _BLOCK // max(1, len(self.x)))
         parts = []
-        for rows in x.split(step):
-            c = LazyKernel(self.kernel, self.x, rows).columns(torch.arange(len(rows), device=x.device)).double()
+        for rows in inputs.split(step):
+            c = LazyKernel(self.kernel, self.x, rows).columns(torch.arange(len(rows), device=rows.device)).double()
             prior = LazyKernel(self.kernel, rows).diagonal()
             found = []
             for s in states:
-                root = s.beta.sqrt()
+                root, P = s.beta.sqrt(), s.preconditioner
                 b = root.unsqueeze(-1) * c
-                found.append((prior - (b * self.solve(root, s.preconditioner, b).x).sum(0)).clamp_min(0.0))
+                x, r, *_ = self.solve(root, P, b)
+                # bᵀA⁻¹b = xᵀb + xᵀr + rᵀA⁻¹r, with A ≈ P in what is of second order
+                taken = (x * (b + r)).sum(0) + (r * P.solve(r)).sum(0)
+                found.append((prior - taken).clamp_min(0.0))
             parts.append(torch.stack(found))
         return torch.cat(parts, -1) if parts else self.mu.new_zeros(len(states), 0)
-
-
-_BLOCK = 1 << 24  # numbers in k(X, x) of a block of test inputs
 
 
 def objective(process: Products, states: list[State]) -> Tensor:

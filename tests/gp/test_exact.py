@@ -220,6 +220,21 @@ def test_single_precision_agrees_with_double():
         assert gap(a, b) < 2e-3  # both to what solves to 1e-4 and steps of 1e-4 nats leave
 
 
+def test_many_data_in_single_precision_at_the_tolerance_that_is_set_agree_with_cholesky():
+    """What n data say adds up, and must not cancel in what is solved for."""
+    x, f, generator = waves(700, 2)
+    y = f + 0.1 * torch.randn(700, generator=generator, dtype=F64)
+    gp = ExactGP(matern(), gaussian(0.01), rank=60)
+    gp.fit(x.float(), y.float(), learn_hyperparameters=False)
+    test = waves(30, 2, seed=9)[0]
+    K, Ks = ref.matern52(x, x, 0.8, 2.0), ref.matern52(x, test, 0.8, 2.0)
+    evidence, m, v = ref.gpr(K, Ks, torch.full((30,), 2.0, dtype=F64), y, at(0.01))
+    found = gp.predict(test.float())
+    assert gap(found[0], m) < 2e-3  # of a signal of size 2; residuals are 1e-4 of |y|/σ
+    assert gap(found[1] / v, torch.ones(30)) < 2e-2
+    assert abs(gp.result.bound.value - evidence) < 5 * gp.result.bound.standard_error
+
+
 def test_a_sparse_stand_in_of_all_pivots_is_the_process_itself():
     gp, _, x, *_ = fit("bernoulli")
     q = gp.posterior()
