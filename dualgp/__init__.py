@@ -11,6 +11,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | method | in site algebra | here |
 |---|---|---|
 | sparse variational GP | prior + Σ tᵢ | `DualGP.fit` |
+| exact GP: Z = X, nothing n × n | prior + Σ tᵢ | `ExactGP.fit`, `LazyKernel` |
 | trained network: linearised, in the Jacobian's basis | prior + Σ tᵢ | `network_gp`, `NetworkPosterior` |
 | new data, without refitting | q + t_new | `Posterior.add`, `NetworkPosterior.condition` |
 | a stream: batch by batch, memory found anew | prior + t_rest + Σ t_memory | `DualGP.update` |
@@ -25,10 +26,12 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
+from dualgp import _quiet as _quiet  # first
 from dualgp import active, errors, likelihoods
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
+from dualgp.gp.exact import BoundGradient, ExactGP, ExactResult
 from dualgp.gp.fit import FitResult
 from dualgp.gp.memory import Candidates, Memory
 from dualgp.gp.model import DualGP
@@ -51,6 +54,7 @@ from dualgp.influence import (
     validation_influence,
 )
 from dualgp.jacobian import JacobianBasis
+from dualgp.kernels import LazyKernel, keops_status
 from dualgp.laplace import laplace_sites
 from dualgp.nets.convert import from_weight_decay, network_gp
 from dualgp.nets.posterior import NetworkPosterior
@@ -62,14 +66,18 @@ from dualgp.weights import WeightLayout, WeightPosterior
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundGradient",
     "Candidates",
     "Conditioned",
     "DiagonalPosterior",
     "DualGP",
     "DualParameters",
+    "ExactGP",
+    "ExactResult",
     "FitResult",
     "InducingBasis",
     "JacobianBasis",
+    "LazyKernel",
     "LeftOut",
     "Memory",
     "NetworkPosterior",
@@ -88,6 +96,7 @@ __all__ = [
     "expected_log_prob",
     "from_weight_decay",
     "greedy_variance",
+    "keops_status",
     "laplace_sites",
     "leave_group_out",
     "leave_one_out",

@@ -30,6 +30,10 @@ class NotFittedError(DualGPError, RuntimeError):
     """A prediction or a score was asked of a model that has no posterior yet."""
 
 
+class SolverError(DualGPError, ArithmeticError):
+    """An iterative solver has not reached its tolerance: the message has the residual, the iterations and a remedy."""
+
+
 class DistributedError(DualGPError, RuntimeError):
     """Another process of a fit has failed or is gone, or the processes went different ways."""
 
@@ -40,6 +44,10 @@ class ConvergenceWarning(UserWarning):
 
 class NumericalWarning(UserWarning):
     """A factorisation needed more jitter than was asked for; the message says how much."""
+
+
+class BackendWarning(UserWarning):
+    """An optional backend that was asked for cannot be used, and another has taken its place; results are the same."""
 
 
 def check_count(name: str, value: object, least: int) -> None:

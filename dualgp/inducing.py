@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualgp.errors import InputError
-from dualgp.kernels import cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.kernels import LazyKernel, cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
 from dualgp.linalg import psd_cholesky
+from dualgp.solvers import pivoted_cholesky
 
 
 @torch.no_grad()
@@ -35,7 +38,7 @@ def greedy_variance(
         tol: relative residual variance under which to stop.
 
     Raises:
-        InputError: if `num_inducing` is not between 1 and n.
+        InputError: if `num_inducing` is not between 1 and n, or n·M numbers do not fit into memory.
 
     Source: Fine & Scheinberg 2001; Burt et al. 2020 ("Convergence of sparse variational inference"), § 4.
 
@@ -54,28 +57,22 @@ def greedy_variance(
 def greedy_rows(kernel: Kernel, x: Tensor, num_inducing: int, given: Tensor | None, tol: float) -> Int[Tensor, "m"]:
     """Return what `greedy_variance` does, for a kernel that is in float64 already; of a batch the first."""
     x = _first(x, 2)
-    residual = _first(kernel_diagonal(kernel, x), 1).clone()
-    floor = tol * residual.max()
-    known = 0 if given is None else given.shape[-2]
-    factor = residual.new_zeros(known + num_inducing, x.shape[-2])
-    if given is not None and known:
+    diagonal = _first(kernel_diagonal(kernel, x), 1)
+    rows = None
+    if given is not None and given.shape[-2]:
         given = _first(given, 2)
         L, _ = psd_cholesky(_first(prior_covariance(kernel, given), 2), 1e-10)
         cross = _first(cross_covariance(kernel, given, x, torch.float64), 2)
-        factor[:known] = torch.linalg.solve_triangular(L, cross, upper=False)
-        residual = (residual - factor[:known].square().sum(0)).clamp_min_(0)
-    chosen: list[int] = []
-    for k in range(known, known + num_inducing):
-        pivot = int(residual.argmax())
-        if residual[pivot] <= floor:
-            break
-        column = _first(cross_covariance(kernel, x, x[pivot : pivot + 1], torch.float64), 2)[:, 0]
-        column = column - factor[:k, pivot] @ factor[:k]
-        factor[k] = column / residual[pivot].sqrt()
-        residual = (residual - factor[k].square()).clamp_min_(0)
-        residual[pivot] = 0.0
-        chosen.append(pivot)
-    return torch.tensor(chosen, dtype=torch.int64, device=x.device)
+        rows = torch.linalg.solve_triangular(L, cross, upper=False)
+    found = pivoted_cholesky(diagonal, _columns(kernel, x), num_inducing, tol=tol, given=rows)
+    return torch.tensor(found.pivots, dtype=torch.int64, device=x.device)
+
+
+def _columns(kernel: Kernel, x: Tensor) -> Callable[[int], Tensor]:
+    """Return j ↦ k(x, x_j) in float64."""
+    if kernel.batch_shape:
+        return lambda j: _first(cross_covariance(kernel, x, x[j : j + 1], torch.float64), 2)[:, 0]
+    return LazyKernel(kernel, x.double()).column_reader()
 
 
 @torch.no_grad()

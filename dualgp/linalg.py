@@ -9,6 +9,7 @@ beside torch's own would fight it for the cores).
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import NotPositiveDefiniteError, NumericalWarning
+from dualgp.errors import InputError, NotPositiveDefiniteError, NumericalWarning
 
 _MAX_JITTER = 1e-2  # relative; beyond this the matrix is not a kernel matrix with rounding errors
 _CHUNK_BYTES = 4 << 20  # a block of rows that stays in the second-level cache
@@ -201,3 +202,19 @@ def row_chunks(n: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     step = max(64, budget // max(1, width * torch.finfo(dtype).bits // 8))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def check_fits(count: int, dtype: torch.dtype, device: torch.device, what: str, remedy: str) -> None:
+    """Raise InputError if this many numbers are more than the memory of a device, all of it."""
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    needed = count * torch.finfo(dtype).bits // 8
+    if needed > held:
+        raise InputError(
+            f"{what[0].upper()}{what[1:]} would take {needed / 2**30:.3g} GiB, and {device} has "
+            f"{held / 2**30:.3g} GiB: {remedy}."
+        )

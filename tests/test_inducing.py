@@ -43,6 +43,20 @@ def test_the_first_of_a_batch_of_kernels_decides():
     assert torch.equal(greedy_variance(kernel, x, 6), greedy_variance(rbf(0.4, 1.0), x, 6))
 
 
+def test_what_is_given_is_not_chosen_again_and_the_rest_follows_as_if_it_had_been():
+    x, *_ = waves(60, 2)
+    whole = greedy_variance(matern(), x, 20)
+    after = greedy_variance(matern(), x, 12, given=x[whole[:8]])
+    assert after.tolist() == whole[8:].tolist()
+
+
+def test_a_factor_that_cannot_fit_is_refused():
+    with pytest.raises(
+        errors.InputError, match=r"A factor of 1000000 columns of 1000000 rows would take 7.45e\+03 GiB"
+    ):
+        greedy_variance(rbf(), torch.rand(10**6, 1), 10**6)
+
+
 @pytest.mark.parametrize("count", [0, 6])
 def test_more_than_there_are_is_refused(count):
     with pytest.raises(errors.InputError, match=f"between 1 and the 5 inputs given, got {count}"):

@@ -1,5 +1,7 @@
 """Kernel matrices and network Jacobians, a block of rows at a time."""
 
+from dualgp.kernels.keops import keops_status
+from dualgp.kernels.lazy import LazyKernel
 from dualgp.kernels.ntk import JacobianBlock, NetworkJacobian
 from dualgp.kernels.products import (
     check_kernel,
@@ -12,11 +14,13 @@ from dualgp.kernels.products import (
 
 __all__ = [
     "JacobianBlock",
+    "LazyKernel",
     "NetworkJacobian",
     "check_kernel",
     "cross_covariance",
     "describe",
     "frozen_copy",
+    "keops_status",
     "kernel_diagonal",
     "prior_covariance",
 ]

@@ -107,6 +107,22 @@ class _Matern(torch.autograd.Function):
         return grad * slope, None
 
 
+def profile(h: Tensor, nu: float) -> Tensor:
+    """Return k at h = −½ r² for unit outputscale; without a graph it takes the memory of h, which is then spent."""
+    if h.requires_grad:
+        return _PROFILES[nu](h)
+    if math.isinf(nu):
+        return h.clamp_max_(0).exp_()
+    a = h.mul_(-4.0 * nu).clamp_min_(0).sqrt_()  # a² = 2ν r² = −4ν h
+    decay = a.neg().exp_()
+    if nu == 0.5:
+        return decay
+    if nu == 1.5:
+        return a.add_(1.0).mul_(decay)
+    # 1 + a + a²/3
+    return torch.addcmul(a, a, a, value=1 / 3).add_(1.0).mul_(decay)
+
+
 _PROFILES = {
     math.inf: _RBF.apply,
     0.5: lambda h: _Matern.apply(h, 0.5),

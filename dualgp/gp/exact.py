@@ -1,0 +1,279 @@
+"""`ExactGP`: a Gaussian process without inducing inputs, of any likelihood, by products with its kernel matrix."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import Likelihood
+from gpytorch.means import Mean
+from torch import Tensor, nn
+
+from dualgp.basis import InducingBasis
+from dualgp.duals import num_outputs_of
+from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_count
+from dualgp.gp.arguments import check_arguments
+from dualgp.gp.ascent import Search, ascend, gradient, stacked
+from dualgp.gp.data import Data, check_inputs, check_training_data
+from dualgp.gp.hyper import Hyper
+from dualgp.gp.products import Effort, Products, State
+from dualgp.gp.progress import Progress, TracePoint
+from dualgp.kernels.forms import as_form
+from dualgp.posterior import Posterior
+from dualgp.sites import Sites
+from dualgp.solvers import Estimate
+
+_GROUPS = 4  # of probes, whose spread is the standard error of a gradient
+
+
+@dataclass
+class ExactResult:
+    """How a fit went.
+
+    Attributes:
+        bound: the evidence lower bound in nats with its standard error over the probes; of Gaussian likelihoods, the
+            log marginal likelihood.
+        num_data: n.
+        steps: on hyperparameters.
+        converged: whether the stopping rule was met before `max_steps`.
+        iterations: products with the kernel matrix in all solves together.
+        clipped: how many sites had β < 0, and were given β = 0 with α kept.
+        seconds: wall time.
+        trace: the bound after each step.
+    """
+
+    bound: Estimate
+    num_data: int
+    steps: int
+    converged: bool
+    iterations: int
+    clipped: int
+    seconds: float
+    trace: list[TracePoint] = field(repr=False)
+
+
+class BoundGradient(NamedTuple):
+    """Gradients of the bound in the raw parameters, by name, and their standard errors over groups of probes."""
+
+    values: dict[str, Tensor]
+    standard_errors: dict[str, Tensor]
+
+
+class ExactGP(nn.Module):
+    """A Gaussian process with Z = X, for n at which no n × n matrix fits: sites per datum, found by iterative solves.
+
+    Nothing larger than n × rank is held. Natural-gradient steps on the sites are solves with I + B^½KB^½ by conjugate
+    gradients under a greedy pivoted-Cholesky preconditioner; marginal variances, the log-determinant of the bound and
+    its gradient are the preconditioner's own, corrected by probes, with standard errors: the higher the rank, the
+    smaller. (With rank n all are exact.) Hyperparameters follow that gradient by Adam.
+
+    Args:
+        kernel: a GPyTorch kernel without a batch shape; all outputs share it.
+        likelihood: a GPyTorch likelihood (see `dualgp.duals` for which). Where one is not log-concave, sites with β < 0
+            are given β = 0 with α kept, so that the precision stays positive: means are then stationary, variances not
+            quite (`result.clipped` counts them).
+        mean: a GPyTorch mean; zero if None.
+        num_outputs: C for a one-dimensional likelihood with targets [n, C].
+        rank: of the preconditioner.
+        num_probes: S ≥ 2.
+        tol: relative residual of all solves; 1e-4 for float64 inputs and 1e-3 for float32 if None. The rounding of
+            float32 products leaves about 1e-8 of the largest eigenvalue of I + B^½KB^½.
+        max_iterations: of one solve.
+        backend: of products with the kernel matrix (see `LazyKernel`).
+        generator: of the probes, drawn once for a fit; seeded with 0 if None.
+
+    Raises:
+        UnsupportedError: if the kernel or likelihood cannot be used.
+        InputError: if the arguments contradict each other.
+
+    Source: Khan et al. 2013; Adam et al. 2021 (the steps); Gardner et al. 2018 and Wenger et al. 2022 (the solves).
+
+    Example:
+        >>> import gpytorch
+        >>> x = torch.linspace(0, 6, 50).unsqueeze(-1)
+        >>> gp = ExactGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood(), rank=20)
+        >>> result = gp.fit(x, (x.sin() > 0).squeeze(-1).double(), learn_hyperparameters=False)
+        >>> bool(gp.predict(torch.tensor([[1.5]]))[0] > 1)
+        True
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        likelihood: Likelihood,
+        *,
+        mean: Mean | None = None,
+        num_outputs: int | None = None,
+        rank: int = 100,
+        num_probes: int = 16,
+        tol: float | None = None,
+        max_iterations: int = 1000,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(kernel, likelihood, mean, None, None, num_outputs, 0.0)
+        as_form(kernel)
+        check_count("rank", rank, 1)
+        check_count("num_probes", num_probes, 2)
+        check_count("max_iterations", max_iterations, 1)
+        self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
+        fixed = num_outputs_of(likelihood)
+        self.num_outputs = num_outputs if fixed is None else fixed
+        self.tol, self.effort = tol, Effort(rank, num_probes, 1e-4, max_iterations, backend)
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.result: ExactResult | None = None
+        self._fitted: _Fitted | None = None
+
+    def fit(
+        self,
+        X: Tensor,
+        y: Tensor,
+        *,
+        learn_hyperparameters: bool = True,
+        lr: float = 0.1,
+        max_steps: int = 100,
+        tol: float = 1e-4,
+        progress: bool | None = None,
+    ) -> ExactResult:
+        """Fit sites and hyperparameters; return how it went. The model is unchanged if this raises.
+
+        Args:
+            X: inputs [n, D] in float32 or float64, which is the dtype of products with the kernel matrix.
+            y: targets [n], or [n, C].
+            learn_hyperparameters: whether parameters of kernel, mean and likelihood move; else only sites are found.
+            lr: step of Adam in the raw parameters.
+            max_steps: limit on steps of Adam.
+            tol: nats per datum that one of five steps must gain, and a pass over the sites.
+            progress: as in `DualGP.fit`.
+
+        Raises:
+            InputError: for data of the wrong shape, dtype, device or value, or too many for the memory.
+            SolverError: if a solve does not reach its tolerance: with residual, iterations and what to do.
+        """
+        check_count("max_steps", max_steps, 1)
+        if not (tol > 0 and lr > 0):
+            raise InputError(f"tol and lr must be positive, got {tol} and {lr}.")
+        if isinstance(X, Tensor) and X.ndim != 2:
+            raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
+        data = check_training_data(self.likelihood, X, y, self.num_outputs)
+        shape = len(data) + min(self.effort.rank, len(data)), self.effort.num_probes
+        noise = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(X.device)
+        hyper = Hyper(
+            self.kernel, self.mean, self.likelihood, X[:1], dtype=X.dtype, num_outputs=self.num_outputs, jitter=0.0,
+            learn_inducing=False, learn_hyperparameters=learn_hyperparameters,
+        )  # fmt: skip
+        solves = (1e-4 if X.dtype == torch.float64 else 1e-3) if self.tol is None else self.tol
+        work = Search(hyper, data, self.effort._replace(tol=solves), noise, tol)
+        with Progress(progress) as bar:
+            converged, steps = ascend(work, lr, max_steps, tol, bar)
+            hyper.round()
+            work.find()
+            bar.bound(work.bound.value, len(data))
+        fitted = _Fitted(hyper, data, work.process, work.states)
+        if not converged:
+            warnings.warn(
+                f"The bound still rose after {steps} steps on the hyperparameters: raise max_steps or lr.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self._take(hyper)
+        self._fitted = fitted
+        self.result = ExactResult(
+            work.bound, len(data), steps, converged, work.iterations, work.clipped, bar.seconds, bar.trace
+        )
+        return self.result
+
+    @property
+    def sites(self) -> Sites:
+        """(λ, β) of every training datum, in the order given; posterior = prior + Σ sites."""
+        states = self._ready().states
+        lam, beta = (torch.stack([getattr(s, name) for s in states]) for name in ("lam", "beta"))
+        multi = self.num_outputs is not None
+        return Sites.from_latent(lam, beta, True) if multi else Sites(lam[0], beta[0])
+
+    @property
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of f at the training inputs, [n] or [n, C], in float64; variances have errors by probes."""
+        return stacked(self._ready().states, self.num_outputs)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of f(x), each [T] or [T, C], by solves for a block of x at a time: no probes.
+
+        Costs a solve in float64 for each block of 2²⁴/n inputs; for means alone `predict_mean` is one product, and for
+        many inputs `posterior` is a sparse stand-in.
+
+        Raises:
+            SolverError: if a solve does not reach its tolerance.
+        """
+        fitted = self._ready()
+        mean = self.predict_mean(x)
+        return mean, self._present(fitted.process.predict_var(x, fitted.states), x)
+
+    def predict_mean(self, x: Tensor) -> Tensor:
+        """Return the mean of f(x), [T] or [T, C], in one product."""
+        fitted = self._ready()
+        check_inputs(x, num_dims=fitted.data.x.shape[-1], what="x")
+        return self._present(fitted.process.predict_mean(x.to(fitted.data.x.dtype), fitted.states), x)
+
+    def posterior(self, num_inducing: int | None = None) -> Posterior[InducingBasis]:
+        """Return prior + Σ sites in the basis of the preconditioner's pivots: predictions at any number of inputs.
+
+        The sites are those found with Z = X, the posterior is that of a sparse model with them.
+
+        Args:
+            num_inducing: how many of the pivots; all if None.
+        """
+        fitted = self._ready()
+        rows = torch.tensor(fitted.process.pivots[:num_inducing], device=fitted.data.x.device)
+        hyper = fitted.hyper
+        basis = InducingBasis(hyper.kernel, fitted.data.x[rows], hyper.mean, num_outputs=self.num_outputs)
+        return Posterior(basis).add(fitted.data.x, self.sites)
+
+    def bound_gradient(self) -> BoundGradient:
+        """Return the gradient of the bound (and log prior) in the raw parameters at the fit, with standard errors.
+
+        Exact in the limit of converged sites, up to the probes.
+        """
+        fitted = self._ready()
+        hyper = copy.deepcopy(fitted.hyper).requires_grad_(True)
+        hyper.Z.requires_grad_(False)
+        process = copy.copy(fitted.process)
+        process.kernel, process.mean = hyper.kernel, hyper.mean
+        process.K = process.K.of(hyper.kernel)
+        names = [name for name, p in hyper.named_parameters() if p.requires_grad]
+        means, errors = gradient(hyper, fitted.data, process, fitted.states, groups=_GROUPS)
+        return BoundGradient(dict(zip(names, means, strict=True)), dict(zip(names, errors, strict=True)))
+
+    def _present(self, values: Tensor, like: Tensor) -> Tensor:
+        return (values.mT if self.num_outputs is not None else values[0]).to(like.dtype)
+
+    def _ready(self) -> _Fitted:
+        if self._fitted is None:
+            raise NotFittedError("The model has no sites yet: call fit(X, y).")
+        return self._fitted
+
+    @torch.no_grad()
+    def _take(self, hyper: Hyper) -> None:
+        """Take over what was learned on the working copy."""
+        for mine, learned in (
+            (self.kernel, hyper.kernel),
+            (self.likelihood, hyper.likelihood),
+            (self.mean, hyper.mean),
+        ):
+            if mine is not None and learned is not None:
+                for old, new in zip(mine.parameters(), learned.parameters(), strict=True):
+                    old.copy_(new)
+
+
+class _Fitted(NamedTuple):
+    """What predictions are made of: hyperparameters of the fit, its data, and the sites."""
+
+    hyper: Hyper
+    data: Data
+    process: Products
+    states: list[State]
