@@ -30,6 +30,10 @@ class NotFittedError(DualGPError, RuntimeError):
     """A prediction or a score was asked of a model that has no posterior yet."""
 
 
+class CallOrderError(DualGPError, RuntimeError):
+    """A call came at a time when it has no meaning, such as a step before any gradient."""
+
+
 class DistributedError(DualGPError, RuntimeError):
     """Another process of a fit has failed or is gone, or the processes went different ways."""
 
