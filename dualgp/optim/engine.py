@@ -136,7 +136,7 @@ class SampledOptimizer(Optimizer):
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(f"The weight of a sample must be positive and finite, got {weight}.")
         wanted = [[p.requires_grad for p in bucket.params] for bucket in self._buckets]
-        self._inside, fine = True, False
+        self._inside = True
         try:
             with torch.no_grad():
                 for bucket, want in zip(self._buckets, wanted, strict=True):
@@ -144,11 +144,11 @@ class SampledOptimizer(Optimizer):
                     self._draw(bucket)
                     bucket.write("sample", want)
             yield
-            fine = True
+            if train:
+                with torch.no_grad():
+                    self._take(wanted, weight)
         finally:
             with torch.no_grad():
-                if train and fine:
-                    self._take(wanted, weight)
                 for bucket, want in zip(self._buckets, wanted, strict=True):
                     bucket.write("mean", want)
             self._inside = False

@@ -15,6 +15,7 @@ from dualgp.optim.settings import settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
+_WIDEST = 10.0  # of σ₀: where the loss is flat, curvature decays, noise grows, and what it finds is flatter still
 _MOST = 2.0  # of ρ(ĥ − h)/(h + d) in one step: a curvature grows fivefold at most, and nothing overflows
 
 
@@ -34,7 +35,7 @@ class IVON(SampledOptimizer):
         lr: step size, relative to 1/(h₀ + d) (the first step is that of SGD) unless `rescale_lr` is off. Warm up and
             decay it to 0 by a torch scheduler; large values, 0.1 to 2, work.
         num_data: N, the data that the mean loss is a mean over; with `temperature` T, λ = N/T.
-        prior_precision: s₀ of a prior N(0, 1/s₀), absolute; 10⁻³ N unless said.
+        prior_precision: s₀ of a prior N(0, 1/s₀), absolute; 10⁻³ N, and 1 at least, unless said.
         prior: a Gaussian of your own, such as the posterior of a run before (`optimizer.posterior()`): its mean and
             diagonal precision are the prior.
         temperature: T of the likelihood; the prior stays.
@@ -52,7 +53,7 @@ class IVON(SampledOptimizer):
         batch_size: data in a gradient's batch, for "gradsq".
         rescale_lr: see `lr`.
         debias: whether the momentum is corrected for its start at 0.
-        max_std: a bound on the standard deviation of each weight; none unless said.
+        max_std: a bound on the standard deviation of each weight, 10 σ₀ unless said; `math.inf` for none.
         stochastic_rounding: whether weights in half precision are rounded at random from the float32 mean.
         generator: see `SampledOptimizer`.
         process_group: see `SampledOptimizer`.
@@ -118,7 +119,9 @@ class IVON(SampledOptimizer):
             )
         if max_std is not None and not max_std > 0:
             raise InputError(f"max_std must be positive, got {max_std}.")
-        self.batch_size, self.debias, self.rescale_lr, self.max_std = batch_size, debias, rescale_lr, max_std
+        std = (found.ess * (found.hess_init + found.weight_decay)) ** -0.5
+        self.batch_size, self.debias, self.rescale_lr = batch_size, debias, rescale_lr
+        self.max_std = _WIDEST * std if max_std is None else max_std
         self.stochastic_rounding = stochastic_rounding
         defaults = {
             "lr": lr, "beta1": beta1, "beta2": found.beta2, "ess": found.ess, "weight_decay": found.weight_decay,
@@ -127,8 +130,7 @@ class IVON(SampledOptimizer):
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
         if prior is not None:
             self._set_prior(prior)
-        if math.isfinite(found.ess):
-            warn_if_wide((found.ess * (found.hess_init + found.weight_decay)) ** -0.5)
+        warn_if_wide(std)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -188,7 +190,7 @@ class IVON(SampledOptimizer):
         debias = 1.0 - beta1 ** group["step"] if self.debias else 1.0
         if self.rescale_lr:
             lr = lr * (group["hess_init"] + group["weight_decay"])
-        floor = 0.0 if self.max_std is None else 1.0 / (lam * self.max_std**2)
+        floor = 1.0 / (lam * self.max_std**2) if self.max_std > 0 else 0.0
         radius, prior = group["clip_radius"], "prior_mean" if "prior_mean" in bucket.buffers else "mean"
         names = ("mean", "momentum", "hess", "gsum", "nsum", prior)
         for m, mom, h, g, n, m0, d in _with_decay(bucket, *names, runs=runs):

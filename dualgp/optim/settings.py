@@ -10,7 +10,7 @@ from typing import Any
 from dualgp.errors import InputError, NumericalWarning
 
 INIT_STD = 0.018  # of weights at the start: σ₀ of 0.003 to 0.03 is what published runs have
-WEIGHT_DECAY = 1e-3  # per datum: a prior precision of a thousandth of the data
+WEIGHT_DECAY = 1e-3  # per datum: a prior precision of a thousandth of the data, and of 1 at least
 HORIZON = 3.6  # how many of the curvature's time constants a run lasts
 
 
@@ -84,7 +84,7 @@ def _decay(lam: float, prior_precision: float | int | None, weight_decay: float 
         return 0.0
     if prior_precision is not None:
         return prior_precision / lam
-    return WEIGHT_DECAY if weight_decay is None else float(weight_decay)
+    return max(WEIGHT_DECAY, 1.0 / lam) if weight_decay is None else float(weight_decay)
 
 
 def _memory(beta2: float | int | None, total_steps: int | None, horizon: float | int | None) -> float:
