@@ -46,9 +46,7 @@ def train(make) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 plain, _ = train(lambda net: torch.optim.AdamW(net.parameters(), lr=1e-3))
 net, optimizer = train(
-    lambda net: dualgp.optim.IVON(
-        net.named_parameters(), num_data=len(train_rows), total_steps=steps, curvature_horizon=1
-    )
+    lambda net: dualgp.optim.IVON(net.named_parameters(), num_data=300, total_steps=steps, curvature_horizon=1)
 )
 
 # %%
@@ -67,11 +65,11 @@ print(f"NLL: AdamW {nll[0]:.3f}, IVON {nll[1]:.3f}")
 print(f"wrong: {100 * unsure:.1f} % of the 150 images of most disagreement, {100 * sure:.1f} % of the others")
 
 # %%
-fig = plt.figure(figsize=(9, 3.4))
+fig = plt.figure(figsize=(9, 3.4), layout="constrained")
 left, right = fig.subfigures(1, 2, width_ratios=[1, 1.2])
 ax = left.subplots()
 for p, colour, label in ((p_adamw, VERMILION, "AdamW"), (p_ivon, BLUE, "IVON, 32 draws")):
-    loss = -p.gather(-1, y[test_rows, None]).log().squeeze(-1).sort(descending=True).values
+    loss = (-p.gather(-1, y[test_rows, None]).log()).squeeze(-1).sort(descending=True).values
     ax.semilogx(range(1, len(loss) + 1), loss, color=colour, label=label)
 ax.set(xlabel="test image, by its loss", ylabel="negative log-likelihood [nats]")
 ax.legend()
