@@ -21,13 +21,14 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | which label to ask for | q · t̄(f(x)), of the precision that the site will have | `active.select`, `active.PoolLoop` |
 | leverage; sensitivity | tr BᵢVᵢ; −Vᵢ(I − BᵢVᵢ)⁻¹αᵢ | `leverage`, `sensitivity`, `perturb` |
 | moving Z; changing hyperparameters | pull back | `Posterior.rebase` |
+| variational training | q minimises λE_q[loss] + KL; read out as prior + t | `optim.IVON` and its relatives |
 | yesterday's posterior as today's prior, on weights | prior ← q | `WeightPosterior.as_prior` |
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
 from dualgp import _quiet as _quiet  # first
-from dualgp import active, errors, likelihoods
+from dualgp import active, errors, likelihoods, optim
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
@@ -106,6 +107,7 @@ __all__ = [
     "log_predictive",
     "mislabelled",
     "network_gp",
+    "optim",
     "perturb",
     "preconditioner_variance",
     "predictive_distribution",

@@ -34,6 +34,10 @@ class SolverError(DualGPError, ArithmeticError):
     """An iterative solver has not reached its tolerance: the message has the residual, the iterations and a remedy."""
 
 
+class CallOrderError(DualGPError, RuntimeError):
+    """A call came at a time when it has no meaning, such as a step before any gradient."""
+
+
 class DistributedError(DualGPError, RuntimeError):
     """Another process of a fit has failed or is gone, or the processes went different ways."""
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from dualgp.errors import BasisMismatchError, InputError, check_count
@@ -40,7 +40,7 @@ class WeightLayout:
     shapes: Mapping[str, torch.Size]
 
     @classmethod
-    def of(cls, network: torch.nn.Module, names: Iterable[str] | None = None) -> WeightLayout:
+    def of(cls, network: nn.Module, names: Iterable[str] | None = None) -> WeightLayout:
         """Return the layout of a network's parameters: those named, or else all that take a gradient.
 
         Raises:
@@ -178,7 +178,7 @@ class WeightPosterior:
 
     @torch.no_grad()
     def predict_samples(
-        self, network: torch.nn.Module, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None
+        self, network: nn.Module, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return what the network says of x at draws of its weights, [S, T, ...], one draw in memory at a time.
 
@@ -189,24 +189,22 @@ class WeightPosterior:
             InputError: if num_samples is no whole number ≥ 1, or the network has not these weights.
         """
         check_count("num_samples", num_samples, 1)
-        self._check_network(network)
-        out = []
+        parameters, out = self.parameters_of(network), []
         for _ in range(num_samples):
             weights = self.layout.split(self.sample(1, generator=generator)[0])
-            state = {n: w.to(p.dtype) for (n, w), p in zip(weights.items(), self._parameters(network), strict=True)}
+            state = {n: w.to(p.dtype) for (n, w), p in zip(weights.items(), parameters, strict=True)}
             state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
             out.append(functional_call(network, state, (x,)))
         return torch.stack(out)
 
     @torch.no_grad()
-    def load_mean_into(self, network: torch.nn.Module) -> None:
+    def load_mean_into(self, network: nn.Module) -> None:
         """Copy the mean into the network's parameters, in place: the one verb that changes something.
 
         Raises:
             InputError: if the network has not these weights; it is unchanged then.
         """
-        self._check_network(network)
-        for p, value in zip(self._parameters(network), self.layout.split(self.mean).values(), strict=True):
+        for p, value in zip(self.parameters_of(network), self.layout.split(self.mean).values(), strict=True):
             p.copy_(value)
 
     def add(self, site: WeightSite) -> WeightPosterior:
@@ -277,18 +275,20 @@ class WeightPosterior:
         mean, precision = self.prior_mean.to(device, dtype), self.prior_precision.to(device, dtype)
         return WeightPosterior(self.layout, site, prior_mean=mean, prior_precision=precision)
 
-    def _parameters(self, network: torch.nn.Module) -> list[Tensor]:
-        found = dict(network.named_parameters())
-        return [found[name] for name in self.layout.shapes]
+    def parameters_of(self, network: nn.Module) -> list[nn.Parameter]:
+        """Return the network's parameters that this is over, in the order of the layout.
 
-    def _check_network(self, network: torch.nn.Module) -> None:
-        found = {name: p.shape for name, p in network.named_parameters()}
-        wrong = [name for name, shape in self.layout.shapes.items() if found.get(name) != shape]
+        Raises:
+            InputError: if the network has not these weights.
+        """
+        found = dict(network.named_parameters())
+        wrong = [n for n, shape in self.layout.shapes.items() if n not in found or found[n].shape != shape]
         if wrong:
             raise InputError(
                 f"The posterior is over weights that the network has not, or not of that shape: {wrong[:8]}. Give the "
                 "network that the layout is of."
             )
+        return [found[name] for name in self.layout.shapes]
 
 
 def check_layouts(posteriors: Iterable[WeightPosterior]) -> None:

@@ -273,3 +273,25 @@ def different_ways(rank: int, how: str) -> None:
         with ranks:
             if rank:
                 ranks.sum(torch.ones(2))
+
+
+def train_ivon(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Five steps, each rank on its half of a batch: curvature and mean, which all share, and the last draw."""
+    from dualgp.optim import IVON
+
+    X = torch.stack([torch.ones(6, dtype=F64), torch.arange(-1.0, 5.0, dtype=F64)], -1)
+    y = torch.tensor([0.1, 0.9, 2.2, 2.8, 4.1, 5.2], dtype=F64)
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(2, dtype=F64))
+    settings: dict[str, Any] = {"lr": 0.1, "ess": 6, "weight_decay": 1 / 6, "hess_init": 1.0, "beta2": 0.99}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the noise is wide
+        optimizer = IVON([("w", p)], **settings, process_group=dist.group.WORLD)
+    rows = slice(3 * rank, 3 * rank + 3)
+    draw = p.detach().clone()
+    for _ in range(5):
+        with optimizer.sampled_params():
+            draw = p.detach().clone()
+            ((y - X @ p)[rows].square().mean() / 0.5).backward()
+        optimizer.step()
+    return optimizer.state[p]["hess"].clone(), p.detach().clone(), draw

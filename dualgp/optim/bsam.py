@@ -1,0 +1,167 @@
+"""Bayes-SAM: sharpness-aware minimisation whose perturbation and step are scaled by a learned precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualgp.errors import CallOrderError, InputError
+from dualgp.optim.engine import SampledOptimizer
+from dualgp.optim.flat import Bucket
+from dualgp.optim.readout import diagonal_posterior
+from dualgp.optim.settings import check_betas
+from dualgp.weights import WeightPosterior
+
+
+class BSAM(SampledOptimizer):
+    """Bayes-SAM: two gradients a step, one at a draw θ = w + ε/√(Ns), one at the mean moved by ρ g/s.
+
+        q = √s |g(θ)|,    g' = g(w + ρ g(θ)/s),    mom ← β₁ mom + (1 − β₁)(g' + d w)
+        w ← w − lr mom/s,    s ← β₂ s + (1 − β₂)(q + γ + d)
+
+    `step(closure)` does all of it. By hand: a gradient inside `sampled_params()`, one inside `perturbed_params()`, once
+    for each part of the batch ("m-sharpness"), then `step()`. Its variance 1/(Ns) is not that of variational
+    inference: on a quadratic s → γ + d + a√(2/πN), where a + d would be exact.
+
+    Args:
+        params: parameters or groups, as for any torch optimiser.
+        lr: step size; decay it to 0.
+        num_data: N, the data that the mean loss is a mean over.
+        prior_precision: of a prior N(0, 1/s₀), absolute; d = s₀/N.
+        sam_radius: ρ, of the perturbation.
+        beta1: of the momentum, in [0, 1).
+        beta2: of the precision, in [0, 1].
+        damping: γ > 0.
+        precision_init: s at the start.
+        generator: see `SampledOptimizer`.
+        process_group: see `SampledOptimizer`.
+
+    Raises:
+        InputError: for settings out of range.
+
+    Source: Möllenhoff & Khan 2023, "SAM as an optimal relaxation of Bayes", algorithm 1.
+
+    Example:
+        >>> net, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20).unsqueeze(-1)
+        >>> optimizer = BSAM(net.named_parameters(), lr=0.1, num_data=20, prior_precision=0.1)
+        >>> def closure():
+        ...     loss = torch.nn.functional.mse_loss(net(x), 2 * x)
+        ...     loss.backward()
+        ...     return loss
+        >>> losses = [optimizer.step(closure).item() for _ in range(200)]
+        >>> losses[-1] < 0.1 * losses[0]
+        True
+    """
+
+    state_names = ("momentum", "precision")
+    sum_names = ("gsum", "qsum")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | int = 1.0,
+        *,
+        num_data: float | int,
+        prior_precision: float | int = 25.0,
+        sam_radius: float | int = 0.1,
+        beta1: float | int = 0.9,
+        beta2: float | int = 0.999,
+        damping: float | int = 0.1,
+        precision_init: float | int = 1.0,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "beta1": beta1, "beta2": beta2, "num_data": num_data, "prior_precision": prior_precision,
+            "sam_radius": sam_radius, "damping": damping, "precision_init": precision_init,
+        }  # fmt: skip
+        self._perturbing = False
+        super().__init__(params, defaults, generator=generator, process_group=process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_betas(group)
+        for name in ("num_data", "damping", "precision_init"):
+            if not group[name] > 0:
+                raise InputError(f"{name} must be positive, got {group[name]}.")
+        for name in ("prior_precision", "sam_radius"):
+            if not group[name] >= 0:
+                raise InputError(f"{name} must be at least 0, got {group[name]}.")
+
+    def _start(self, bucket: Bucket) -> None:
+        bucket["precision"].fill_(bucket.group["precision_init"])
+
+    def _draw(self, bucket: Bucket) -> None:
+        N, radius = bucket.group["num_data"], bucket.group["sam_radius"]
+        for sample, w, s, g in bucket.chunks("sample", "mean", "precision", "grad"):
+            if self._perturbing:
+                torch.addcdiv(w, g, s, value=radius, out=sample)  # w + ρ g/s
+            else:
+                self._noise(sample).mul_((N * s).rsqrt_()).add_(w)
+
+    def _gather(self, bucket: Bucket, weight: float) -> None:
+        for g, s, gsum, qsum in bucket.chunks("grad", "precision", "gsum", "qsum"):
+            if self._perturbing:
+                gsum.add_(g, alpha=weight)
+            else:
+                qsum.addcmul_(s.sqrt(), g.abs(), value=weight)
+
+    @contextmanager
+    def perturbed_params(self, *, weight: float | int = 1.0) -> Iterator[None]:
+        """Put the weights at w + ρ g/s, g the gradient of the draw just left; as `sampled_params` otherwise.
+
+        Raises:
+            CallOrderError: if there is no such gradient.
+        """
+        if self._weight == 0.0 and not self._dropped_now:
+            raise CallOrderError("perturbed_params() needs the gradient of a draw: enter sampled_params() first.")
+        before, self._perturbing = self._weight, True
+        try:
+            with self.sampled_params(weight=weight):
+                yield
+        finally:
+            self._perturbing, self._weight = False, before  # one sample is both of its gradients
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move by the samples since the last step; with a closure, after both gradients of one. See `SampledOptimizer`.
+
+        Raises:
+            CallOrderError: if nothing was sampled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                self.zero_grad()
+                with self.sampled_params():
+                    loss = closure()
+                with self.perturbed_params():
+                    closure()
+        super().step()
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+        group = bucket.group
+        lr, beta1, beta2, N = group["lr"], group["beta1"], group["beta2"], group["num_data"]
+        d = group["prior_precision"] / N
+        for w, mom, s, g, q in bucket.chunks("mean", "momentum", "precision", "gsum", "qsum", runs=runs):
+            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight).add_(w, alpha=(1.0 - beta1) * d)
+            w.addcdiv_(mom, s, value=-lr)
+            s.mul_(beta2).add_(q, alpha=(1.0 - beta2) / weight).add_((1.0 - beta2) * (group["damping"] + d))
+
+    def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
+        """Return N(w, 1/(Ns)) as the prior times a site, without the damping: precision N(s − γ).
+
+        Args:
+            network: names the parameters, if the optimiser was not given names.
+
+        Raises:
+            InputError: if a parameter is not the network's.
+        """
+        return diagonal_posterior(
+            self, network, lambda b: (b.group["num_data"] * (b["precision"] - b.group["damping"])),
+            lambda b: b.group["prior_precision"],
+        )  # fmt: skip

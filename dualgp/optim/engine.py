@@ -1,0 +1,332 @@
+"""The engine of every variational optimiser here: draw weights, gather statistics of gradients there, move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dualgp.errors import CallOrderError, InputError, check_count
+from dualgp.optim.flat import Bucket, buckets_of
+from dualgp.weights import WeightLayout
+
+_RANK_STRIDE = 1_000_003  # between the seeds of ranks
+
+
+class SampledOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` that takes its gradients at draws of the weights; see `IVON` for how it is used.
+
+    A rule says how weights are drawn, what is gathered of a gradient, and how buffers move; all on flat buffers.
+
+    Args:
+        params: as for any torch optimiser; `named_parameters()` keeps names.
+        defaults: settings of groups.
+        state_names: buffers that last from step to step.
+        sum_names: buffers that gather over the samples of one step.
+        mc_samples: how many draws `step(closure)` takes.
+        generator: source of noise, on the device of the weights; else one of its own with torch's present seed, so that
+            `torch.manual_seed` decides and the global stream is left alone.
+        process_group: of `torch.distributed`; statistics are averaged over its ranks, whose noise differs.
+    """
+
+    state_names: tuple[str, ...] = ()
+    sum_names: tuple[str, ...] = ("gsum",)
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+    ) -> None:
+        check_count("mc_samples", mc_samples, 1)
+        self.mc_samples, self.process_group = mc_samples, process_group
+        self.num_dropped = 0
+        self._given = generator
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._buckets: list[Bucket] = []
+        self._weight = 0.0  # of the samples gathered for the next step
+        self._dropped_now = False
+        self._inside = False
+        super().__init__(params, {**defaults, "step": 0})
+
+    # --- what a rule is ---------------------------------------------------------------------------
+
+    def _start(self, bucket: Bucket) -> None:
+        """Fill the buffers of a new bucket."""
+
+    def _draw(self, bucket: Bucket) -> None:
+        """Put a draw of the weights into `sample`."""
+        raise NotImplementedError
+
+    def _gather(self, bucket: Bucket, weight: float) -> None:
+        """Add what `grad`, taken at `sample`, says to the sums, `weight` times."""
+        raise NotImplementedError
+
+    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+        """Move mean and state by the sums, which are of that total weight."""
+        raise NotImplementedError
+
+    # --- use --------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with settings of its own where they are given.
+
+        Raises:
+            InputError: for settings out of range, or parameters that cannot be learned.
+            CallOrderError: inside `sampled_params()`.
+        """
+        if getattr(self, "_inside", False):
+            raise CallOrderError("Parameters cannot be added inside sampled_params(): do it before.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            new = buckets_of(group, self.state_names)
+            for bucket in new:
+                self._start(bucket)
+                for name in self.sum_names:
+                    bucket.add(name)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        for bucket in new:
+            self._expose(bucket)
+        self._buckets += new
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise InputError unless the settings of a group are in range."""
+        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+            raise InputError(f"lr must be finite and at least 0, got {group['lr']}.")
+
+    def _expose(self, bucket: Bucket) -> None:
+        """Let `state[p]` show the buffers, as torch's tools expect; of full-precision weights the mean is p itself."""
+        names = bucket.names if bucket.low_precision else bucket.names[1:]
+        for k, p in enumerate(bucket.params):
+            self.state[p] = {name: bucket.views[name][k] for name in names}
+
+    @contextmanager
+    def sampled_params(self, train: bool = True, *, weight: float | int = 1.0) -> Iterator[None]:
+        """Draw the weights; put the mean back at the end, whatever happens.
+
+        Gradients of the *mean* loss taken inside are the sample's: call backward once or several times, unscale and
+        clip there; they are read and set to None at the end. Several draws before one `step()` are averaged.
+
+        Args:
+            train: whether gradients are read; False to predict, under `no_grad()` or `inference_mode()` too.
+            weight: of this sample among those of a step: the size of its micro-batch, if sizes differ.
+
+        Raises:
+            CallOrderError: inside another `sampled_params()`.
+            InputError: if the weight is not positive.
+        """
+        if self._inside:
+            raise CallOrderError(
+                "The weights are drawn already: leave sampled_params() before it is entered again. step(closure) draws "
+                "by itself, so its closure must not."
+            )
+        if not (weight > 0 and math.isfinite(weight)):
+            raise InputError(f"The weight of a sample must be positive and finite, got {weight}.")
+        wanted = [[p.requires_grad for p in bucket.params] for bucket in self._buckets]
+        self._inside = True
+        try:
+            with torch.no_grad():
+                for bucket, want in zip(self._buckets, wanted, strict=True):
+                    bucket.read_mean()
+                    self._draw(bucket)
+                    bucket.write("sample", want)
+            yield
+            if train:
+                with torch.no_grad():
+                    self._take(wanted, weight)
+        finally:
+            with torch.no_grad():
+                for bucket, want in zip(self._buckets, wanted, strict=True):
+                    bucket.write("mean", want)
+            self._inside = False
+
+    def _take(self, wanted: list[list[bool]], weight: float) -> None:
+        """Read the gradients of a sample; drop it, and count it, if any of them is not finite."""
+        have = [
+            [want and p.grad is not None for p, want in zip(b.params, w, strict=True)] for b, w in self._each(wanted)
+        ]
+        if not any(any(h) for h in have):
+            raise CallOrderError(
+                "No parameter has a gradient at the end of sampled_params(): call loss.backward() inside, and "
+                "zero_grad() before. To predict use sampled_params(train=False)."
+            )
+        for bucket, want in self._each(wanted):
+            bucket.read_gradients(want)
+        if not all(_finite(bucket["grad"]) for bucket in self._buckets):
+            self.num_dropped += 1
+            self._dropped_now = True
+            return
+        for bucket, h in self._each(have):
+            if self._weight == 0.0:
+                for name in self.sum_names:
+                    bucket[name].zero_()
+                bucket.seen = [False] * len(h)
+            bucket.seen = [a or b for a, b in zip(bucket.seen, h, strict=True)]
+            self._gather(bucket, weight)
+        self._weight += weight
+
+    def _each(self, values: list[Any]) -> Iterator[tuple[Bucket, Any]]:
+        return zip(self._buckets, values, strict=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the mean and the variance by the samples since the last step; return the mean of the closure's losses.
+
+        Args:
+            closure: computes the loss, calls backward and returns the loss; called at `mc_samples` draws.
+
+        Raises:
+            CallOrderError: if nothing was sampled, or inside `sampled_params()`.
+        """
+        if self._inside:
+            raise CallOrderError("step() was called inside sampled_params(): call it after.")
+        loss = None
+        if closure is not None:
+            for _ in range(self.mc_samples):
+                with torch.enable_grad():
+                    self.zero_grad()
+                    with self.sampled_params():
+                        value = closure()
+                value = value.detach() if isinstance(value, Tensor) else value
+                loss = value if loss is None else loss + value
+            loss = loss if loss is None else loss / self.mc_samples
+        self._synchronise()
+        if self._weight == 0.0:
+            if not self._dropped_now:
+                raise CallOrderError(
+                    "There is no gradient to step by: compute the loss and call backward() inside "
+                    "`with optimizer.sampled_params():` first."
+                )
+            self._dropped_now = False  # all samples were dropped: nothing moves
+            return loss
+        for group in self.param_groups:
+            group["step"] += 1
+        for bucket in self._buckets:
+            runs = bucket.runs(bucket.seen)
+            if runs:
+                self._update(bucket, self._weight, runs)
+            bucket.write("mean", bucket.seen)
+        self._weight, self._dropped_now = 0.0, False
+        return loss
+
+    def _synchronise(self) -> None:
+        """Add the sums of all ranks: a rank's weight counts, so shares of a batch may differ in size."""
+        if self.process_group is None:
+            return
+        device = self._buckets[0]["mean"].device
+        weight = torch.tensor([self._weight, float(self._dropped_now)], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(weight, group=self.process_group)
+        for bucket in self._buckets:
+            seen = torch.tensor([self._weight > 0 and s for s in bucket.seen], dtype=torch.float32, device=device)
+            torch.distributed.all_reduce(seen, group=self.process_group)
+            for name in self.sum_names:
+                if self._weight == 0.0:
+                    bucket[name].zero_()
+                torch.distributed.all_reduce(bucket[name], group=self.process_group)
+            bucket.seen = [s > 0 for s in seen.tolist()]
+        self._weight, self._dropped_now = float(weight[0]), bool(weight[1] > 0)
+
+    # --- noise ------------------------------------------------------------------------------------
+
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """Return the source of noise for weights on a device."""
+        if self._given is not None and self._given.device.type == device.type:
+            return self._given
+        if device not in self._generators:
+            rank = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
+            seed = torch.initial_seed() + _RANK_STRIDE * rank
+            self._generators[device] = torch.Generator(device).manual_seed(seed % (1 << 63))
+        return self._generators[device]
+
+    def _noise(self, out: Tensor) -> Tensor:
+        """Fill with standard normal noise."""
+        return out.normal_(generator=self.generator_on(out.device))
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: buffers by parameter, settings, steps, and the state of the random numbers."""
+        state = super().state_dict()
+        devices = {bucket["mean"].device for bucket in self._buckets}
+        state["generators"] = {str(device): self.generator_on(device).get_state() for device in devices}
+        state["num_dropped"] = self.num_dropped
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; unchanged if it does not fit.
+
+        Raises:
+            InputError: if it is of other parameters or of another optimiser.
+            CallOrderError: inside `sampled_params()`.
+        """
+        if self._inside:
+            raise CallOrderError("A state cannot be loaded inside sampled_params(): do it before.")
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise InputError(
+                f"The state has groups of {[len(g['params']) for g in groups]} parameters, this optimiser of "
+                f"{[len(g['params']) for g in self.param_groups]}; build it as the one that was saved."
+            )
+        numbers = {
+            p: k
+            for g, mine in zip(groups, self.param_groups, strict=True)
+            for k, p in zip(g["params"], mine["params"], strict=True)
+        }
+        for bucket in self._buckets:
+            for p in bucket.params:
+                mine, theirs = self.state[p], state.get(numbers[p], {})
+                wrong = [n for n in mine if n not in theirs or theirs[n].shape != p.shape]
+                if wrong:
+                    raise InputError(
+                        f"The state of parameter {numbers[p]}, of shape {tuple(p.shape)}, lacks {wrong} of that "
+                        "shape; it was saved by another optimiser or for another network."
+                    )
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
+            mine.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
+        for bucket in self._buckets:
+            for p in bucket.params:
+                for name, value in self.state[p].items():
+                    value.copy_(state[numbers[p]][name])
+            bucket.read_versions()
+        for name, value in state_dict.get("generators", {}).items():
+            self.generator_on(torch.device(name)).set_state(value.cpu())
+        self.num_dropped = state_dict.get("num_dropped", 0)
+        self._weight, self._dropped_now = 0.0, False
+
+    # --- reading out ------------------------------------------------------------------------------
+
+    def _layout(self, network: nn.Module | None) -> WeightLayout:
+        """Names and shapes of all parameters in the order of buckets."""
+        names: dict[int, str] = {}
+        for group in self.param_groups:
+            for p, name in zip(group["params"], group.get("param_names", []), strict=False):
+                names[id(p)] = name
+        if network is not None:
+            names = {id(p): name for name, p in network.named_parameters()}
+        ordered = [p for bucket in self._buckets for p in bucket.params]
+        missing = [tuple(p.shape) for p in ordered if id(p) not in names]
+        if network is not None and missing:
+            raise InputError(f"{len(missing)} parameters are not the network's, the first of shape {missing[0]}.")
+        return WeightLayout({names.get(id(p), str(k)): p.shape for k, p in enumerate(ordered)})
+
+    def _joined(self, name: str) -> Tensor:
+        return torch.cat([bucket[name] for bucket in self._buckets])
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite: by their sum, and one by one only where that is not."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

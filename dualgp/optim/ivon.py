@@ -1,0 +1,244 @@
+"""IVON: variational learning of a diagonal Gaussian over the weights, at the cost of Adam."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dualgp.errors import BasisMismatchError, InputError
+from dualgp.optim.engine import SampledOptimizer
+from dualgp.optim.flat import Bucket
+from dualgp.optim.settings import settings, warn_if_wide
+from dualgp.sites import WeightSite
+from dualgp.weights import WeightPosterior
+
+_WIDEST = 10.0  # of σ₀: where the loss is flat, curvature decays, noise grows, and what it finds is flatter still
+_MOST = 2.0  # of ρ(ĥ − h)/(h + d) in one step: a curvature grows fivefold at most, and nothing overflows
+
+
+class IVON(SampledOptimizer):
+    """The improved variational online Newton method: AdamW's place in four lines, and a posterior at the end.
+
+    It minimises λ E_q[mean loss] + KL(q ‖ prior) over q = N(m, 1/(λ(h + d))), diagonal. A step, from gradients g at
+    draws θ = m + σε, with ĥ = λ(h + d) · mean of g(θ − m):
+
+        mom ← β₁ mom + (1 − β₁) g,    h ← h + ρ(ĥ − h) + ½ρ²(ĥ − h)²/(h + d)
+        m ← m − lr (mom/(1 − β₁ᵗ) + d(m − m₀))/(h + d)
+
+    so that h + d never falls by more than half in a step. Parameters that get no gradient stay as they are.
+
+    Args:
+        params: parameters or groups, as for any torch optimiser; from `named_parameters()` names are kept.
+        lr: step size, relative to 1/(h₀ + d) (the first step is that of SGD) unless `rescale_lr` is off. Warm up and
+            decay it to 0 by a torch scheduler; large values, 0.1 to 2, work.
+        num_data: N, the data that the mean loss is a mean over; with `temperature` T, λ = N/T.
+        prior_precision: s₀ of a prior N(0, 1/s₀), absolute; 10⁻³ N, and 1 at least, unless said.
+        prior: a Gaussian of your own, such as the posterior of a run before (`optimizer.posterior()`): its mean and
+            diagonal precision are the prior.
+        temperature: T of the likelihood; the prior stays.
+        init_std: σ₀, standard deviation of the weights at the start, 0.018 unless said.
+        total_steps: how long the run will be; the curvature's memory follows.
+        curvature_horizon: c in 1 − β₂ = c/total_steps, 3.6 unless said.
+        ess: λ itself; the published settings are `ess`, `weight_decay`, `hess_init` and `beta2`.
+        weight_decay: d, in place of `prior_precision`: s₀ = λd.
+        hess_init: h₀, in place of `init_std`.
+        beta1: of the momentum, in [0, 1).
+        beta2: of the curvature, in place of `total_steps`.
+        mc_samples: draws that `step(closure)` takes.
+        clip_radius: largest change of a weight before `lr`, in size.
+        hess_approx: "price", from g(θ − m), or "gradsq", from g² times `batch_size`, which is no curvature but cheap.
+        batch_size: data in a gradient's batch, for "gradsq".
+        rescale_lr: see `lr`.
+        debias: whether the momentum is corrected for its start at 0.
+        max_std: a bound on the standard deviation of each weight, 10 σ₀ unless said; `math.inf` for none.
+        stochastic_rounding: whether weights in half precision are rounded at random from the float32 mean.
+        generator: see `SampledOptimizer`.
+        process_group: see `SampledOptimizer`.
+
+    Raises:
+        InputError: for settings out of range or given twice, and a prior of other weights.
+
+    Source: Shen et al. 2024, "Variational learning is effective for large deep networks", algorithm 1. Deviations: a
+    general Gaussian prior; one ĥ per step over all draws; its relative change is bounded by 2; "gradsq" is scaled by
+    the batch size, not λ; λ, not h, carries temperature.
+
+    Example:
+        >>> net, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20).unsqueeze(-1)
+        >>> optimizer = IVON(net.named_parameters(), num_data=20, total_steps=100, init_std=0.1)
+        >>> for _ in range(100):
+        ...     with optimizer.sampled_params():
+        ...         torch.nn.functional.mse_loss(net(x), 2 * x).backward()
+        ...     optimizer.step()
+        >>> q = optimizer.posterior()
+        >>> list(q.layout.shapes), bool((q.variance() > 0).all())
+        (['weight', 'bias'], True)
+    """
+
+    state_names = ("momentum", "hess")
+    sum_names = ("gsum", "nsum")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | int = 1.0,
+        *,
+        num_data: float | int | None = None,
+        prior_precision: float | int | None = None,
+        prior: WeightPosterior | None = None,
+        temperature: float | int = 1.0,
+        init_std: float | int | None = None,
+        total_steps: int | None = None,
+        curvature_horizon: float | int | None = None,
+        ess: float | int | None = None,
+        weight_decay: float | int | None = None,
+        hess_init: float | int | None = None,
+        beta1: float | int = 0.9,
+        beta2: float | int | None = None,
+        mc_samples: int = 1,
+        clip_radius: float | int = math.inf,
+        hess_approx: Literal["price", "gradsq"] = "price",
+        batch_size: int | None = None,
+        rescale_lr: bool = True,
+        debias: bool = True,
+        max_std: float | int | None = None,
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+    ) -> None:
+        found = settings(
+            num_data=num_data, ess=ess, temperature=temperature, prior_precision=prior_precision,
+            weight_decay=weight_decay, has_prior=prior is not None, init_std=init_std, hess_init=hess_init,
+            total_steps=total_steps, curvature_horizon=curvature_horizon, beta2=beta2,
+        )  # fmt: skip
+        if hess_approx not in ("price", "gradsq") or (hess_approx == "gradsq") != (batch_size is not None):
+            raise InputError(
+                f"hess_approx is 'price', or 'gradsq' with batch_size=; got {hess_approx!r}, batch_size={batch_size}."
+            )
+        if max_std is not None and not max_std > 0:
+            raise InputError(f"max_std must be positive, got {max_std}.")
+        std = (found.ess * (found.hess_init + found.weight_decay)) ** -0.5
+        self.batch_size, self.debias, self.rescale_lr = batch_size, debias, rescale_lr
+        self.max_std = _WIDEST * std if max_std is None else max_std
+        self.stochastic_rounding = stochastic_rounding
+        defaults = {
+            "lr": lr, "beta1": beta1, "beta2": found.beta2, "ess": found.ess, "weight_decay": found.weight_decay,
+            "hess_init": found.hess_init, "clip_radius": clip_radius,
+        }  # fmt: skip
+        super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
+        if prior is not None:
+            self._set_prior(prior)
+        warn_if_wide(std)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if not 0 <= group["beta1"] < 1 or not 0 <= group["beta2"] <= 1:
+            raise InputError(f"beta1 must lie in [0, 1) and beta2 in [0, 1], got {group['beta1']}, {group['beta2']}.")
+        if not group["ess"] > 0 or not group["weight_decay"] >= 0 or not group["hess_init"] > 0:
+            raise InputError(
+                f"ess and hess_init must be positive and weight_decay at least 0, got {group['ess']}, "
+                f"{group['hess_init']}, {group['weight_decay']}."
+            )
+        if not group["clip_radius"] > 0:
+            raise InputError(f"clip_radius must be positive, got {group['clip_radius']}.")
+
+    def _start(self, bucket: Bucket) -> None:
+        bucket["hess"].fill_(bucket.group["hess_init"])
+        bucket.stochastic_rounding = self.stochastic_rounding
+
+    def _set_prior(self, prior: WeightPosterior) -> None:
+        """Make mean and precision of a Gaussian the prior of all parameters."""
+        if prior.structure != "diagonal":
+            raise InputError("IVON's prior is diagonal; WeightPosterior(..., prior_precision=q.precision.diagonal()).")
+        mine, theirs = dict(self._layout(None).shapes), dict(prior.layout.shapes)
+        named = mine.keys() == theirs.keys()
+        if (mine != theirs) if named else (list(mine.values()) != list(theirs.values())):
+            raise BasisMismatchError(
+                f"The prior is of weights {list(theirs.items())[:3]}…, the optimiser of {list(mine.items())[:3]}…: "
+                "names, or at least shapes in order, must agree."
+            )
+        means, precisions = prior.layout.split(prior.mean), prior.layout.split(prior.precision)
+        names = iter(mine if named else theirs)
+        for bucket in self._buckets:
+            bucket.add("prior_mean"), bucket.add("decay")
+            for k in range(len(bucket.params)):
+                name = next(names)
+                bucket.views["prior_mean"][k].copy_(means[name])
+                bucket.views["decay"][k].copy_(precisions[name] / bucket.group["ess"])
+
+    def _draw(self, bucket: Bucket) -> None:
+        lam = bucket.group["ess"]
+        if math.isinf(lam):
+            bucket["sample"].copy_(bucket["mean"])
+            return
+        for sample, m, h, d in _with_decay(bucket, "sample", "mean", "hess"):
+            sigma = (h + d).mul_(lam).rsqrt_()
+            self._noise(sample).mul_(sigma).add_(m)  # θ = m + ε/√(λ(h + d))
+
+    def _gather(self, bucket: Bucket, weight: float) -> None:
+        for g, sample, m, gsum, nsum in bucket.chunks("grad", "sample", "mean", "gsum", "nsum"):
+            gsum.add_(g, alpha=weight)
+            nsum.addcmul_(g, g if self.batch_size is not None else sample - m, value=weight)
+
+    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+        group = bucket.group
+        lam, lr, beta1 = group["ess"], group["lr"], group["beta1"]
+        rho = 0.0 if math.isinf(lam) else 1.0 - group["beta2"]
+        scale = self.batch_size or 0.0
+        debias = 1.0 - beta1 ** group["step"] if self.debias else 1.0
+        if self.rescale_lr:
+            lr = lr * (group["hess_init"] + group["weight_decay"])
+        floor = 1.0 / (lam * self.max_std**2) if self.max_std > 0 else 0.0
+        radius, prior = group["clip_radius"], "prior_mean" if "prior_mean" in bucket.buffers else "mean"
+        names = ("mean", "momentum", "hess", "gsum", "nsum", prior)
+        for m, mom, h, g, n, m0, d in _with_decay(bucket, *names, runs=runs):
+            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+            hd = h + d
+            if rho > 0.0:
+                # r = ρ(ĥ − h)/(h + d), where ĥ = λ(h + d)n̄
+                r = n.mul(scale / weight).sub_(h).div_(hd) if scale else n.mul(lam / weight).sub_(h / hd)
+                r.mul_(rho).clamp_(-_MOST, _MOST)
+                hd.addcmul_(hd, r.addcmul_(r, r, value=0.5))  # h + d ← (h + d)(1 + r + ½r²)
+                hd.clamp_min_(floor)
+                torch.sub(hd, d, out=h)
+            step = mom / debias
+            step.add_((m - m0).mul_(d) if prior == "prior_mean" else m * d)
+            step.div_(hd)
+            if math.isfinite(radius):
+                step.clamp_(-radius, radius)
+            m.sub_(step, alpha=lr)
+
+    def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
+        """Return q as a value: the prior times a site, S = s₀ + λh and S m = s₀m₀ + λ_site, so that the mean is m.
+
+        Args:
+            network: names the parameters, if the optimiser was not given names.
+
+        Raises:
+            InputError: if a parameter is not the network's.
+        """
+        layout = self._layout(network)
+        with torch.no_grad():
+            for bucket in self._buckets:
+                bucket.read_mean()
+            mean, parts = self._joined("mean").clone(), []
+            for bucket in self._buckets:
+                lam = bucket.group["ess"]
+                d = bucket.buffers.get("decay", torch.full_like(bucket["mean"], bucket.group["weight_decay"]))
+                m0 = bucket.buffers.get("prior_mean", torch.zeros_like(bucket["mean"]))
+                parts.append((m0, lam * d, lam * bucket["hess"]))
+            m0, s0, B = (torch.cat(p) for p in zip(*parts, strict=True))
+        site = WeightSite(B * mean + s0 * (mean - m0), B)
+        return WeightPosterior(layout, site, prior_mean=m0, prior_precision=s0)
+
+
+def _with_decay(bucket: Bucket, *names: str, runs: list[slice] | None = None) -> Any:
+    """Yield pieces of buffers with d last: a number, or the piece of its buffer where the prior has one for each."""
+    if "decay" in bucket.buffers:
+        yield from bucket.chunks(*names, "decay", runs=runs)
+        return
+    d = bucket.group["weight_decay"]
+    for parts in bucket.chunks(*names, runs=runs):
+        yield (*parts, d)

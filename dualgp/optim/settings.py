@@ -1,0 +1,138 @@
+"""From the units that users think in to those of the update, and back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from dualgp.errors import InputError, NumericalWarning
+
+INIT_STD = 0.018  # of weights at the start: σ₀ of 0.003 to 0.03 is what published runs have
+WEIGHT_DECAY = 1e-3  # per datum: a prior precision of a thousandth of the data, and of 1 at least
+HORIZON = 3.6  # how many of the curvature's time constants a run lasts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an update reads.
+
+    Args:
+        ess: λ, how many data the mean loss stands for.
+        weight_decay: d, of which λd is the prior's precision.
+        hess_init: h₀; the first variance is 1/(λ(h₀ + d)).
+        beta2: 1 − ρ, of the curvature's running mean.
+    """
+
+    ess: float
+    weight_decay: float
+    hess_init: float
+    beta2: float
+
+
+def settings(
+    *,
+    num_data: float | int | None,
+    ess: float | int | None,
+    temperature: float | int,
+    prior_precision: float | int | None,
+    weight_decay: float | int | None,
+    has_prior: bool,
+    init_std: float | int | None,
+    hess_init: float | int | None,
+    total_steps: int | None,
+    curvature_horizon: float | int | None,
+    beta2: float | int | None,
+) -> Settings:
+    """Return settings from either of two ways to give each.
+
+    λ = N/T, d = s₀/λ, h₀ = 1/(λσ₀²) − d, ρ = c/total_steps
+
+    Raises:
+        InputError: if both ways are taken, neither where one must be, or a value is out of range.
+    """
+    _one("num_data", num_data, "ess", ess)
+    if num_data is None and ess is None:
+        raise InputError("num_data= is needed: the number of data that the mean loss is a mean over.")
+    _positive(num_data=num_data, ess=ess, temperature=temperature, init_std=init_std, hess_init=hess_init)
+    _positive(curvature_horizon=curvature_horizon, total_steps=total_steps)
+    if temperature != 1.0 and ess is not None:
+        raise InputError("temperature= goes with num_data=; ess is N/T already.")
+    lam = float(num_data) / temperature if ess is None else float(ess)  # type: ignore[arg-type]
+    d = _decay(lam, prior_precision, weight_decay, has_prior)
+    _one("init_std", init_std, "hess_init", hess_init)
+    if hess_init is None:
+        std = INIT_STD if init_std is None else init_std
+        hess_init = 1.0 / (lam * std**2) - d
+        if not hess_init > 0:
+            raise InputError(
+                f"init_std={std} is no smaller than what the prior allows, {(lam * d) ** -0.5:.3g}: give a smaller "
+                "one, or a smaller prior_precision."
+            )
+    return Settings(lam, d, float(hess_init), _memory(beta2, total_steps, curvature_horizon))
+
+
+def _decay(lam: float, prior_precision: float | int | None, weight_decay: float | int | None, has_prior: bool) -> float:
+    _one("prior_precision", prior_precision, "weight_decay", weight_decay)
+    for name, value in (("prior_precision", prior_precision), ("weight_decay", weight_decay)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"{name} must be finite and at least 0, got {value}.")
+    if has_prior:
+        if prior_precision is not None or weight_decay is not None:
+            raise InputError("prior= has a precision already: leave prior_precision= and weight_decay= out.")
+        return 0.0
+    if prior_precision is not None:
+        return prior_precision / lam
+    return max(WEIGHT_DECAY, 1.0 / lam) if weight_decay is None else float(weight_decay)
+
+
+def _memory(beta2: float | int | None, total_steps: int | None, horizon: float | int | None) -> float:
+    if beta2 is not None:
+        if horizon is not None:
+            raise InputError("beta2 and curvature_horizon say the same: give one of them.")
+        if not 0 <= beta2 <= 1:
+            raise InputError(f"beta2 must lie in [0, 1], got {beta2}.")
+        if total_steps is not None and (1 - beta2) * total_steps < 0.5:
+            warnings.warn(
+                f"In {total_steps} steps at beta2={beta2} the curvature is learned to "
+                f"{100 * -math.expm1(-(1 - beta2) * total_steps):.0f} %: the variance is mostly its initial value. "
+                "Leave beta2 out to have it follow total_steps.",
+                NumericalWarning,
+                stacklevel=4,
+            )
+        return float(beta2)
+    if total_steps is None:
+        raise InputError(
+            "total_steps= is needed (or beta2=): it says over how many steps the variance is learned, 1 − beta2 = "
+            f"{HORIZON}/total_steps."
+        )
+    return 1.0 - min(0.5, (HORIZON if horizon is None else horizon) / total_steps)
+
+
+def _one(a: str, x: object, b: str, y: object) -> None:
+    if x is not None and y is not None:
+        raise InputError(f"{a} and {b} say the same in two units: give one of them.")
+
+
+def _positive(**values: float | int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{name} must be positive, got {value}.")
+
+
+def warn_if_wide(std: float | int) -> None:
+    """Warn if weights are drawn so far from the mean that networks seldom train."""
+    if std > 0.1:
+        warnings.warn(
+            f"Weights are drawn with a standard deviation of {std:.3g} at the start; networks seldom train above 0.1. "
+            "Give init_std= (0.003 to 0.03), or a larger hess_init.",
+            NumericalWarning,
+            stacklevel=4,
+        )
+
+
+def check_betas(group: dict[str, Any]) -> None:
+    """Raise InputError unless momentum and memory are in range."""
+    if not 0 <= group["beta1"] < 1 or not 0 <= group["beta2"] <= 1:
+        raise InputError(f"beta1 must lie in [0, 1) and beta2 in [0, 1], got {group['beta1']} and {group['beta2']}.")
