@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -61,7 +61,7 @@ class WeightLayout:
         """P, the number of weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def split(self, flat: Float[Tensor, "*b P"]) -> dict[str, Tensor]:
+    def split(self, flat: Shaped[Tensor, "*b P"]) -> dict[str, Tensor]:
         """Return views of a flat vector by name, each [*b, *shape]."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()], -1)
         return {
