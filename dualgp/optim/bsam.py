@@ -119,12 +119,13 @@ class BSAM(SampledOptimizer):
         """
         if self._weight == 0.0 and not self._dropped_now:
             raise CallOrderError("perturbed_params() needs the gradient of a draw: enter sampled_params() first.")
-        before, self._perturbing = self._weight, True
+        before, dropped, self._perturbing = self._weight, self.num_dropped, True
         try:
             with self.sampled_params(weight=weight):
                 yield
         finally:
-            self._perturbing, self._weight = False, before  # one sample is both of its gradients
+            # One sample is both of its gradients. Where the second is lost the sums hold halves: none of them counts.
+            self._perturbing, self._weight = False, before if self.num_dropped == dropped else 0.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Move by the samples since the last step; with a closure, after both gradients of one. See `SampledOptimizer`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ class SampledOptimizer(Optimizer):
         sum_names: buffers that gather over the samples of one step.
         mc_samples: how many draws `step(closure)` takes.
         generator: source of noise, on the device of the weights; else one of its own with torch's present seed, so that
-            `torch.manual_seed` decides and the global stream is left alone.
+            `torch.manual_seed` decides and the global stream is left alone. With a process_group its seed counts only.
         process_group: of `torch.distributed`; statistics are averaged over its ranks, whose noise differs.
     """
 
@@ -118,7 +119,8 @@ class SampledOptimizer(Optimizer):
         """Draw the weights; put the mean back at the end, whatever happens.
 
         Gradients of the *mean* loss taken inside are the sample's: call backward once or several times, unscale and
-        clip there; they are read and set to None at the end. Several draws before one `step()` are averaged.
+        clip there. They are set to None at the start, and read and set to None at the end. Several draws before one
+        `step()` are averaged.
 
         Args:
             train: whether gradients are read; False to predict, under `no_grad()` or `inference_mode()` too.
@@ -140,6 +142,8 @@ class SampledOptimizer(Optimizer):
         try:
             with torch.no_grad():
                 for bucket, want in zip(self._buckets, wanted, strict=True):
+                    if train:  # a gradient taken elsewhere, or left by an exception, is not this draw's
+                        bucket.drop_gradients()
                     bucket.read_mean()
                     self._draw(bucket)
                     bucket.write("sample", want)
@@ -243,13 +247,20 @@ class SampledOptimizer(Optimizer):
 
     def generator_on(self, device: torch.device) -> torch.Generator:
         """Return the source of noise for weights on a device."""
-        if self._given is not None and self._given.device.type == device.type:
+        alone = self.process_group is None
+        if self._given is not None and alone and self._given.device.type == device.type:
             return self._given
         if device not in self._generators:
-            rank = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
-            seed = torch.initial_seed() + _RANK_STRIDE * rank
-            self._generators[device] = torch.Generator(device).manual_seed(seed % (1 << 63))
+            # Generators of one seed on every rank would draw one noise on all of them.
+            seed = torch.initial_seed() if self._given is None or alone else self._given.initial_seed()
+            self._generators[device] = self._seeded(device, seed)
         return self._generators[device]
+
+    def _rank(self) -> int:
+        return 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
+
+    def _seeded(self, device: torch.device, seed: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed((seed + _RANK_STRIDE * self._rank()) % (1 << 63))
 
     def _noise(self, out: Tensor) -> Tensor:
         """Fill with standard normal noise."""
@@ -262,7 +273,7 @@ class SampledOptimizer(Optimizer):
         state = super().state_dict()
         devices = {bucket["mean"].device for bucket in self._buckets}
         state["generators"] = {str(device): self.generator_on(device).get_state() for device in devices}
-        state["num_dropped"] = self.num_dropped
+        state["num_dropped"], state["rank"] = self.num_dropped, self._rank()
         return state
 
     @torch.no_grad()
@@ -295,6 +306,11 @@ class SampledOptimizer(Optimizer):
                         f"The state of parameter {numbers[p]}, of shape {tuple(p.shape)}, lacks {wrong} of that "
                         "shape; it was saved by another optimiser or for another network."
                     )
+                if more := sorted(set(theirs) - set(mine) - {"mean"}):
+                    raise InputError(
+                        f"The state of parameter {numbers[p]} has {more}, which this optimiser knows nothing of: build "
+                        "it as the one that was saved, with prior= if that had one."
+                    )
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             mine.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
         for bucket in self._buckets:
@@ -303,7 +319,11 @@ class SampledOptimizer(Optimizer):
                     value.copy_(state[numbers[p]][name])
             bucket.read_versions()
         for name, value in state_dict.get("generators", {}).items():
-            self.generator_on(torch.device(name)).set_state(value.cpu())
+            device = torch.device(name)
+            if state_dict.get("rank", 0) == self._rank():
+                self.generator_on(device).set_state(value.cpu())
+            else:  # the state of another rank, as where one saves for all: noise that follows from it, and is our own
+                self._generators[device] = self._seeded(device, zlib.crc32(bytes(value.tolist())))
         self.num_dropped = state_dict.get("num_dropped", 0)
         self._weight, self._dropped_now = 0.0, False
 

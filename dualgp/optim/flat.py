@@ -107,6 +107,10 @@ class Bucket:
             self["grad"].zero_()
         grads = [p.grad if h else p for p, h in zip(self.params, have, strict=True)]
         self._copy(self.views["grad"], grads, have)  # type: ignore[arg-type]
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Let go of the gradients."""
         for p in self.params:
             p.grad = None
 

@@ -122,7 +122,7 @@ class IVON(SampledOptimizer):
         std = (found.ess * (found.hess_init + found.weight_decay)) ** -0.5
         self.batch_size, self.debias, self.rescale_lr = batch_size, debias, rescale_lr
         self.max_std = _WIDEST * std if max_std is None else max_std
-        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding, self._has_prior = stochastic_rounding, False
         defaults = {
             "lr": lr, "beta1": beta1, "beta2": found.beta2, "ess": found.ess, "weight_decay": found.weight_decay,
             "hess_init": found.hess_init, "clip_radius": clip_radius,
@@ -145,6 +145,11 @@ class IVON(SampledOptimizer):
             raise InputError(f"clip_radius must be positive, got {group['clip_radius']}.")
 
     def _start(self, bucket: Bucket) -> None:
+        if self._has_prior:
+            raise InputError(
+                "prior= is of the parameters given at the start, and says nothing of those in a new group: build "
+                "another IVON, with a prior of all of them (dualgp.WeightPosterior)."
+            )
         bucket["hess"].fill_(bucket.group["hess_init"])
         bucket.stochastic_rounding = self.stochastic_rounding
 
@@ -167,6 +172,9 @@ class IVON(SampledOptimizer):
                 name = next(names)
                 bucket.views["prior_mean"][k].copy_(means[name])
                 bucket.views["decay"][k].copy_(precisions[name] / bucket.group["ess"])
+            bucket.names += ("prior_mean", "decay")  # saved with the state: without them the objective is another
+            self._expose(bucket)
+        self._has_prior = True
 
     def _draw(self, bucket: Bucket) -> None:
         lam = bucket.group["ess"]
