@@ -1,0 +1,1 @@
+"""Knowledge transfer by the arithmetic of sites: merging, federated, continual, tempered and certified."""
