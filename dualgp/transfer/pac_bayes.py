@@ -74,7 +74,7 @@ def catoni(risk: Value, kl: Value, n: int, *, delta: float = 0.05, beta: Value |
         kl: K.
         n: number of data.
         delta: probability that the bound fails.
-        beta: β > 0, a number or a grid [G] that was chosen before the data were seen; 32 values from 1/20 to 20 if None.
+        beta: β > 0, a number or a grid [G], chosen before the data were seen; 32 values from 1/20 to 20 if None.
 
     Raises:
         InputError: as `mcallester`, or unless β > 0.
