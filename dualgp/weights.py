@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -291,7 +291,16 @@ class WeightPosterior:
             )
 
 
-def check_layouts(posteriors: Iterable[WeightPosterior]) -> None:
+@runtime_checkable
+class HasLayout(Protocol):
+    """Anything over the weights of a network."""
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Names and shapes of the weights."""
+
+
+def check_layouts(posteriors: Iterable[HasLayout]) -> None:
     """Raise BasisMismatchError unless all are over the same weights.
 
     Raises:

@@ -1,0 +1,129 @@
+"""Linear and softmax models solved to rounding, and the digits in three tasks: what transfer is tested on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from gpytorch.likelihoods import SoftmaxLikelihood
+from leaning import digits
+from torch import Tensor, nn
+
+from dualgp import WeightLayout, WeightPosterior
+from dualgp.sites import add_precisions, apply_precision
+from dualgp.transfer.curvature import network_curvature
+
+F64 = torch.float64
+
+
+def flat(size: int) -> WeightLayout:
+    return WeightLayout({"w": torch.Size([size])})
+
+
+def prior_of(size: int, delta: float = 1.0) -> WeightPosterior:
+    return WeightPosterior(flat(size), prior_precision=torch.tensor(delta, dtype=F64))
+
+
+def ridge(X: Tensor, y: Tensor, base: WeightPosterior) -> tuple[Tensor, Tensor]:
+    """The minimiser of ½|y − Xθ|² + ½(θ − θ₀)ᵀS₀(θ − θ₀), and XᵀX."""
+    H = X.T @ X
+    S = add_precisions(base.precision, H)
+    return torch.linalg.solve(S, X.T @ y + apply_precision(base.precision, base.mean)), H
+
+
+def logistic(X: Tensor, y: Tensor, base: WeightPosterior, steps: int = 40) -> tuple[Tensor, Tensor]:
+    """The minimiser of −Σ log p(y|σ(Xθ)) + ½(θ − θ₀)ᵀS₀(θ − θ₀) by Newton's method, and the Hessian of the sum."""
+    w = base.mean.clone()
+    for _ in range(steps):
+        p = (X @ w).sigmoid()
+        H = (X.T * (p * (1 - p))) @ X
+        g = X.T @ (p - y) + apply_precision(base.precision, w - base.mean)
+        w = w - torch.linalg.solve(add_precisions(base.precision, H), g)
+    p = (X @ w).sigmoid()
+    return w, (X.T * (p * (1 - p))) @ X
+
+
+class Softmax(NamedTuple):
+    """A linear softmax model with bias, its loss, gradient and Hessian in closed form; θ is flat [10, 65]."""
+
+    X: Tensor  # with a column of ones
+    y: Tensor
+
+    def log_p(self, theta: Tensor) -> Tensor:
+        return (self.X @ theta.view(10, -1).T).log_softmax(-1)
+
+    def loss(self, theta: Tensor) -> Tensor:
+        return -self.log_p(theta).gather(-1, self.y.unsqueeze(-1)).sum()
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        e = self.log_p(theta).exp() - nn.functional.one_hot(self.y, 10)
+        return (e.T @ self.X).flatten()
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        p = self.log_p(theta).exp()
+        H = torch.zeros(10, 65, 10, 65, dtype=F64)
+        for c in range(10):
+            for d in range(c, 10):
+                block = (self.X.T * (p[:, c] * (float(c == d) - p[:, d]))) @ self.X
+                H[c, :, d] = block
+                H[d, :, c] = block
+        return H.view(650, 650)
+
+    def fit(self, base: WeightPosterior, steps: int = 100) -> Tensor:
+        """The minimiser of loss + ½(θ − θ₀)ᵀS₀(θ − θ₀), by Newton's method with halved steps, to |g| < 1e-9."""
+        theta, S0 = base.mean.clone(), base.precision
+
+        def objective(t: Tensor) -> Tensor:
+            gap = t - base.mean
+            return self.loss(t) + 0.5 * gap @ apply_precision(S0, gap)
+
+        for _ in range(steps):
+            g = self.gradient(theta) + apply_precision(S0, theta - base.mean)
+            if g.norm() < 1e-9:
+                break
+            step = torch.linalg.solve(add_precisions(S0, self.hessian(theta)), g)
+            scale, now = 1.0, objective(theta)
+            while objective(theta - scale * step) > now + 1e-9 and scale > 1e-4:
+                scale /= 2
+            theta = theta - scale * step
+        return theta
+
+    def accuracy(self, theta: Tensor) -> float:
+        return float((self.log_p(theta).argmax(-1) == self.y).double().mean())
+
+    def nll(self, theta: Tensor) -> float:
+        return float(self.loss(theta)) / len(self.y)
+
+
+class DigitTasks(NamedTuple):
+    train: Softmax
+    test: Softmax
+    base_data: Softmax
+    tasks: list[Softmax]
+
+
+def digit_tasks() -> DigitTasks:
+    """Digits with a bias column: 1200 to train and 597 to test, a base of the first 200, the rest in three tasks."""
+    X, y, _ = digits()
+    X = torch.cat([X, torch.ones(len(X), 1, dtype=F64)], 1)
+    train, test = Softmax(X[:1200], y[:1200]), Softmax(X[1200:], y[1200:])
+    base, rest = Softmax(X[:200], y[:200]), Softmax(X[200:1200], y[200:1200])
+    groups = [(0, 3), (4, 6), (7, 9)]
+    tasks = [Softmax(*(t[(rest.y >= a) & (rest.y <= b)] for t in rest)) for a, b in groups]
+    return DigitTasks(train, test, base, tasks)
+
+
+def as_network(theta: Tensor) -> nn.Linear:
+    """The softmax model as a network with the weights [10, 65] and no bias of its own."""
+    net = nn.Linear(65, 10, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(theta.view(10, 65))
+    return net
+
+
+def softmax_likelihood() -> SoftmaxLikelihood:
+    return SoftmaxLikelihood(num_classes=10, mixing_weights=False)
+
+
+def curvature_of(data: Softmax, theta: Tensor, structure: str) -> Tensor:
+    return network_curvature(as_network(theta), data.X, data.y, softmax_likelihood(), structure)
