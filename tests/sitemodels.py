@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from leaning import digits
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dualgp import WeightLayout, WeightPosterior
@@ -127,3 +131,76 @@ def softmax_likelihood() -> SoftmaxLikelihood:
 
 def curvature_of(data: Softmax, theta: Tensor, structure: str) -> Tensor:
     return network_curvature(as_network(theta), data.X, data.y, softmax_likelihood(), structure)
+
+
+class Objective(nn.Module):
+    """A loss as the output of a module, so that its weights can be given by `functional_call`."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self) -> Tensor:
+        return self.loss(self.network)
+
+
+def minimise(network: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 50) -> nn.Module:
+    """A copy of the network at the minimum of a convex loss, by Newton's method with halved steps, to |g| < 1e-8."""
+    network = copy.deepcopy(network)
+    layout, objective = WeightLayout.of(network), Objective(network, loss)
+
+    def value(theta: Tensor) -> Tensor:
+        given = {f"network.{name}": w for name, w in layout.split(theta).items()}
+        return torch.func.functional_call(objective, given, ())
+
+    theta = layout.join(network.state_dict())
+    for _ in range(steps):
+        g = torch.func.grad(value)(theta)
+        if g.norm() < 1e-8:
+            break
+        step, scale, now = torch.linalg.solve(torch.func.hessian(value)(theta), g), 1.0, value(theta)
+        while value(theta - scale * step) > now + 1e-9 and scale > 1e-4:
+            scale /= 2
+        theta = theta - scale * step
+    network.load_state_dict(layout.split(theta))
+    return network
+
+
+def gradient(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Tensor:
+    grads = torch.autograd.grad(loss(network), list(network.parameters()))
+    return torch.cat([g.flatten() for g in grads])
+
+
+def odd_even(seed: int) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """Digits with a bias column, labelled odd or even, shuffled: 1200 to train in pairs 01, 23, …, 597 to test."""
+    X, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(X))
+    X = torch.from_numpy(np.c_[X / 16.0, np.ones(len(X))][order])
+    y = torch.from_numpy(y[order])
+    label = (y % 2).double().unsqueeze(-1)
+    tasks = [(y[:1200] // 2 == t).nonzero().flatten() for t in range(5)]
+    return [(X[rows], label[rows]) for rows in tasks], (X[1200:], label[1200:])
+
+
+def weighted_logistic(parts: list[tuple[Tensor, Tensor, Tensor | float]], q: WeightPosterior) -> Tensor:
+    """The minimiser of Σ over parts (X, soft labels, weights) of weighted cross-entropies, plus −log q, by Newton."""
+    X = torch.cat([x for x, *_ in parts])
+    target = torch.cat([t.flatten() for _, t, _ in parts])
+    weight = torch.cat([torch.as_tensor(w, dtype=F64).expand(len(x)) for x, _, w in parts])
+    theta = q.mean.clone()
+
+    def loss(theta: Tensor) -> Tensor:
+        f, gap = X @ theta, theta - q.mean
+        return weight @ (nn.functional.softplus(f) - target * f) + 0.5 * gap @ apply_precision(q.precision, gap)
+
+    for _ in range(100):
+        p = (X @ theta).sigmoid()
+        g = X.T @ (weight * (p - target)) + apply_precision(q.precision, theta - q.mean)
+        if g.norm() < 1e-8:
+            break
+        H = add_precisions((X.T * (weight * p * (1 - p))) @ X, q.precision)
+        step, scale, now = torch.linalg.solve(H, g), 1.0, loss(theta)
+        while loss(theta - scale * step) > now + 1e-9 and scale > 1e-4:
+            scale /= 2
+        theta = theta - scale * step
+    return theta
