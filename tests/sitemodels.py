@@ -35,16 +35,11 @@ def ridge(X: Tensor, y: Tensor, base: WeightPosterior) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(S, X.T @ y + apply_precision(base.precision, base.mean)), H
 
 
-def logistic(X: Tensor, y: Tensor, base: WeightPosterior, steps: int = 40) -> tuple[Tensor, Tensor]:
-    """The minimiser of −Σ log p(y|σ(Xθ)) + ½(θ − θ₀)ᵀS₀(θ − θ₀) by Newton's method, and the Hessian of the sum."""
-    w = base.mean.clone()
-    for _ in range(steps):
-        p = (X @ w).sigmoid()
-        H = (X.T * (p * (1 - p))) @ X
-        g = X.T @ (p - y) + apply_precision(base.precision, w - base.mean)
-        w = w - torch.linalg.solve(add_precisions(base.precision, H), g)
-    p = (X @ w).sigmoid()
-    return w, (X.T * (p * (1 - p))) @ X
+def logistic(X: Tensor, y: Tensor, base: WeightPosterior) -> tuple[Tensor, Tensor]:
+    """The minimiser of −Σ log p(y|σ(Xθ)) + ½(θ − θ₀)ᵀS₀(θ − θ₀), and the Hessian of the sum."""
+    theta = weighted_logistic([(X, y, 1.0)], base)
+    p = (X @ theta).sigmoid()
+    return theta, (X.T * (p * (1 - p))) @ X
 
 
 class Softmax(NamedTuple):
@@ -196,11 +191,13 @@ def weighted_logistic(parts: list[tuple[Tensor, Tensor, Tensor | float]], q: Wei
     for _ in range(100):
         p = (X @ theta).sigmoid()
         g = X.T @ (weight * (p - target)) + apply_precision(q.precision, theta - q.mean)
-        if g.norm() < 1e-8:
+        if g.norm() < 1e-12 * len(X):  # rounding
             break
         H = add_precisions((X.T * (weight * p * (1 - p))) @ X, q.precision)
         step, scale, now = torch.linalg.solve(H, g), 1.0, loss(theta)
         while loss(theta - scale * step) > now + 1e-9 and scale > 1e-4:
             scale /= 2
         theta = theta - scale * step
+        if step.norm() < 1e-14 * theta.norm():
+            break
     return theta
