@@ -132,9 +132,9 @@ def accuracy(data: Pair, theta: Tensor) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    args.set_defaults(seeds=[0] if SMOKE else [0, 1, 2, 3, 4])
-    seeds = args.parse_args().seeds
+    parser = arguments(__doc__)
+    parser.set_defaults(seeds=[0] if SMOKE else [0, 1, 2, 3, 4])
+    seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     runs = [run(seed) for seed in seeds]
     lines = []
