@@ -23,7 +23,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
 | models merged; one taken out | prior + Σ α_k t_k; − t_k | `merge`, `transfer.forget` |
 | federated rounds | t_k ← t_k^{1−ρ} t_new^ρ under q − t_k | `transfer.FederatedServer` |
-| continual: EWC; K-prior; replay | −log t; t re-expanded on memory; the loss | `transfer.quadratic`, `KPrior`, `replay` |
+| EWC; K-prior; replay | −log t; t re-expanded on memory; the loss | `transfer.quadratic`, `KPrior`, `replay` |
 | PAC-Bayes certificate | KL(q ‖ prior) and the Gibbs risk | `transfer.certify` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
