@@ -191,8 +191,6 @@ def weighted_logistic(parts: list[tuple[Tensor, Tensor, Tensor | float]], q: Wei
     for _ in range(100):
         p = (X @ theta).sigmoid()
         g = X.T @ (weight * (p - target)) + apply_precision(q.precision, theta - q.mean)
-        if g.norm() < 1e-12 * len(X):  # rounding
-            break
         H = add_precisions((X.T * (weight * p * (1 - p))) @ X, q.precision)
         step, scale, now = torch.linalg.solve(H, g), 1.0, loss(theta)
         while loss(theta - scale * step) > now + 1e-9 and scale > 1e-4:
