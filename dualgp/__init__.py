@@ -24,11 +24,15 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 | variational training | q minimises λE_q[loss] + KL; read out as prior + t | `optim.IVON` and its relatives |
 | yesterday's posterior as today's prior, on weights | prior ← q | `WeightPosterior.as_prior` |
 | tempering; forgetting | prior + t/T; prior + t^f | `Posterior.temper`, `Posterior.scale`, `DualGP.fade` |
+| models merged; one taken out | prior + Σ α_k t_k; − t_k | `merge`, `transfer.forget` |
+| federated rounds | t_k ← t_k^{1−ρ} t_new^ρ under q − t_k | `transfer.FederatedServer` |
+| EWC; K-prior; replay | −log t; t re-expanded on memory; the loss | `transfer.quadratic`, `KPrior`, `replay` |
+| PAC-Bayes certificate | KL(q ‖ prior) and the Gibbs risk | `transfer.certify` |
 | evidence lower bound | Σ E_q[log p] − KL(q ‖ prior) | `DualGP.elbo`, `Posterior.kl` |
 """
 
 from dualgp import _quiet as _quiet  # first
-from dualgp import active, errors, likelihoods, optim
+from dualgp import active, errors, likelihoods, optim, transfer
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
@@ -62,6 +66,7 @@ from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites, WeightSite
+from dualgp.transfer import merge
 from dualgp.weights import WeightLayout, WeightPosterior
 
 __version__ = "0.1.0"
@@ -105,6 +110,7 @@ __all__ = [
     "leverage_by_class",
     "likelihoods",
     "log_predictive",
+    "merge",
     "mislabelled",
     "network_gp",
     "optim",
@@ -113,5 +119,6 @@ __all__ = [
     "predictive_distribution",
     "sensitivity",
     "sum_by",
+    "transfer",
     "validation_influence",
 ]

@@ -42,6 +42,10 @@ class DistributedError(DualGPError, RuntimeError):
     """Another process of a fit has failed or is gone, or the processes went different ways."""
 
 
+class DivergenceError(DualGPError, ArithmeticError):
+    """An iteration moves away from its fixed point: its step is too long."""
+
+
 class ConvergenceWarning(UserWarning):
     """An iteration stopped at its limit before its stopping rule was met."""
 

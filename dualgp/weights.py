@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -291,7 +291,16 @@ class WeightPosterior:
         return [found[name] for name in self.layout.shapes]
 
 
-def check_layouts(posteriors: Iterable[WeightPosterior]) -> None:
+@runtime_checkable
+class HasLayout(Protocol):
+    """Anything over the weights of a network."""
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Names and shapes of the weights."""
+
+
+def check_layouts(posteriors: Iterable[HasLayout]) -> None:
     """Raise BasisMismatchError unless all are over the same weights.
 
     Raises:

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1] / "dualgp"
 # each other; two names on one floor may not.
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "_quiet"},
-    1: {"linalg", "files"},
+    1: {"linalg", "files", "fingerprints"},
     2: {"sites", "kernels", "quadrature", "likelihoods", "solvers"},
-    3: {"duals", "basis", "inducing", "distributed", "spans"},
+    3: {"duals", "basis", "inducing", "distributed", "spans", "selection"},
     4: {"information", "jacobian", "laplace", "posterior", "predictive", "weights"},
     5: {"influence"},
     6: {"active", "gp", "nets", "optim", "transfer"},

@@ -21,13 +21,13 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood, SoftmaxLikeliho
 from torch import Tensor, nn
 
 from dualgp.errors import InputError, UnsupportedError
+from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.laplace import laplace_sites
 from dualgp.nets.centre import Recentring
 from dualgp.nets.data import Source, check_batch, rows_of
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
-from dualgp.nets.fingerprints import Held
 from dualgp.nets.layerwise import Structure, StructuredSite
 from dualgp.nets.posterior import NetworkPosterior
 from dualgp.nets.structured import StructuredPosterior

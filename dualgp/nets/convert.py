@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from dualgp.duals import check_likelihood
 from dualgp.errors import InputError, check_count
+from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis, Outputs, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.kernels.networks import Selection
 from dualgp.laplace import laplace_sites
 from dualgp.nets.centre import Centre, Recentring, centred
 from dualgp.nets.data import Batch, Source, check_batch, check_outputs, rows_of
-from dualgp.nets.fingerprints import Held
 from dualgp.nets.inducing import sample_inputs
 from dualgp.nets.layerwise import Structure
 from dualgp.nets.links import log_prob

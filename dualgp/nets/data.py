@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dualgp.duals import check_param_names, check_targets, num_outputs_of, training_params
 from dualgp.errors import InputError
+from dualgp.fingerprints import fingerprints
 from dualgp.jacobian import JacobianBasis
-from dualgp.nets.fingerprints import fingerprints
 
 
 class Batch(NamedTuple):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dualgp.errors import InputError
+from dualgp.fingerprints import fingerprints
 from dualgp.nets.data import Source
-from dualgp.nets.fingerprints import fingerprints
 
 
 def sample_inputs(source: Source, count: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
 from dualgp.errors import InputError, check_count
+from dualgp.fingerprints import Held
 from dualgp.influence import LeftOut
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.laplace import laplace_sites
 from dualgp.nets import evidence, links, storage, tuning
 from dualgp.nets.centre import Centre, Recentring, recentred
 from dualgp.nets.data import Batch, check_data, rows_of
-from dualgp.nets.fingerprints import Held
 from dualgp.nets.growth import with_room
 from dualgp.nets.leaving_out import one_by_one
 from dualgp.nets.links import Link

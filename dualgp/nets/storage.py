@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dualgp import files
 from dualgp.errors import DualGPError, InputError, UnsupportedError
+from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import NetworkJacobian, describe
 from dualgp.nets.centre import Recentring
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
-from dualgp.nets.fingerprints import Held
 from dualgp.nets.layerwise import Structure, StructuredSite
 from dualgp.nets.structured import StructuredPosterior
 from dualgp.nets.terms import WeightPosterior

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualgp.errors import InputError
-from dualgp.nets.fingerprints import Held, fingerprints
+from dualgp.fingerprints import Held, fingerprints
 
 
 def test_equal_rows_agree_in_any_dtype_shape_and_batch_and_others_differ():
