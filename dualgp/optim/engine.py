@@ -300,7 +300,7 @@ class SampledOptimizer(Optimizer):
         for bucket in self._buckets:
             for p in bucket.params:
                 mine, theirs = self.state[p], state.get(numbers[p], {})
-                wrong = [n for n in mine if n not in theirs or theirs[n].shape != p.shape]
+                wrong = [n for n in mine if n not in theirs or theirs[n].shape != mine[n].shape]
                 if wrong:
                     raise InputError(
                         f"The state of parameter {numbers[p]}, of shape {tuple(p.shape)}, lacks {wrong} of that "
