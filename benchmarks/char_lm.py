@@ -131,7 +131,7 @@ def main() -> None:
         "AdamW, lr .001": (lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1), False),
         "AdamW, lr .003": (lambda m: torch.optim.AdamW(m.parameters(), 3e-3, weight_decay=0.1), False),
     }
-    for lr in (30.0, 100.0, 300.0):
+    for lr in (3.0, 10.0, 30.0):
         optimizers[f"IVON, lr {lr:g}"] = (
             lambda m, lr=lr: IVON(
                 m.named_parameters(), lr, ess=lam, weight_decay=1e-6, init_std=3e-4, total_steps=args.steps,
