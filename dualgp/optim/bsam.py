@@ -46,8 +46,9 @@ class BSAM(SampledOptimizer):
     Source: Möllenhoff & Khan 2023, "SAM as an optimal relaxation of Bayes", algorithm 1.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20).unsqueeze(-1)
-        >>> optimizer = BSAM(net.named_parameters(), lr=0.1, num_data=20, prior_precision=0.1)
+        >>> optimizer = BSAM(net.named_parameters(), lr=0.1, num_data=2000, prior_precision=0.1)
         >>> def closure():
         ...     loss = torch.nn.functional.mse_loss(net(x), 2 * x)
         ...     loss.backward()

@@ -61,6 +61,7 @@ class EVON(SampledOptimizer):
     momentum is kept unturned; the first step moves.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.9], [0.9, 1.0], [1.0, 1.0]])
         >>> optimizer = EVON(net.named_parameters(), num_data=3, total_steps=300, init_std=0.1)
         >>> for _ in range(300):

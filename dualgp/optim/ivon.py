@@ -66,6 +66,7 @@ class IVON(SampledOptimizer):
     the batch size, not λ; λ, not h, carries temperature.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20).unsqueeze(-1)
         >>> optimizer = IVON(net.named_parameters(), num_data=20, total_steps=100, init_std=0.1)
         >>> for _ in range(100):

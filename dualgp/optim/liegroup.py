@@ -124,6 +124,7 @@ class AffineBLR(SampledOptimizer):
     the first), and small A at the start in place of 1.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = AffineBLR([("w", p)], num_data=10, prior_precision=1.0, lr_scale=0.1, scale_init=0.3)
         >>> def closure():

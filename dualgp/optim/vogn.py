@@ -47,6 +47,7 @@ class VOGN(SampledOptimizer):
     keeps the variance positive.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20).unsqueeze(-1)
         >>> optimizer = VOGN(net, torch.nn.functional.mse_loss, lr=0.05, num_data=20, beta2=0.9, init_std=0.1)
         >>> losses = [optimizer.step(x, 2 * x).item() for _ in range(300)]
