@@ -2,11 +2,12 @@
 Federated learning: every client is a site
 ==========================================
 
-Three processes hold data that they do not share. Each is a *site* of one model. A round: the server's model without a
-client's own site is that client's prior, the client trains under it with any optimiser, and its new site goes back.
+Three processes hold data that they do not share, and each is a *site* of one model. A client trains under the server's
+model without its own site, and its new site goes back.
 Claims, each asserted: after a few rounds, some of which a client missed, every process has the model of all data.
 """
 
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from dualgp import transfer as tr
 from dualgp.likelihoods import LogitBernoulliLikelihood
 
 CLIENTS, ROUNDS, LIKELIHOOD = 3, 6, LogitBernoulliLikelihood()
-LAYOUT, ONE = WeightLayout({"weight": torch.Size([1, 3])}), torch.tensor(1.0).double()
-PRIOR = WeightPosterior(LAYOUT, prior_precision=ONE)
+LAYOUT = WeightLayout({"weight": torch.Size([1, 3])})
+PRIOR = WeightPosterior(LAYOUT, prior_precision=torch.tensor(1.0).double())
 
 
 def all_data():
@@ -61,20 +62,20 @@ def process(rank, folder):
         away, replies = rank == 2 and number in (1, 2), [None] * CLIENTS
         dist.all_gather_object(replies, None if away else answer(server.task(str(rank)), x, y))
         server = server.close([reply for reply in replies if reply is not None])
-    torch.save((server.posterior.mean, server.posterior.precision), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    torch.save((server.posterior.mean, server.posterior.precision), f"{folder}/{rank}.pt")
 
 
-# %%
 # This file starts itself once for each client, and compares with one model of all data.
 if len(sys.argv) == 3 and sys.argv[1].isdigit():
     process(int(sys.argv[1]), sys.argv[2])
 else:
     with tempfile.TemporaryDirectory() as folder:
-        clients = [subprocess.Popen([sys.executable, __file__, str(rank), folder]) for rank in range(CLIENTS)]
-        assert [client.wait() for client in clients] == [0] * CLIENTS
+        me = [sys.executable, inspect.getsourcefile(process)]
+        clients = [subprocess.Popen([*me, str(rank), folder]) for rank in range(CLIENTS)]
+        assert not any(client.wait() for client in clients)
         results = [torch.load(f"{folder}/{rank}.pt") for rank in range(CLIENTS)]
-    joint = answer(tr.FederatedServer.start(PRIOR, ["all"], structure="dense").task("all"), *all_data())
-    whole = PRIOR.add(joint.site)
+    task = tr.FederatedServer.start(PRIOR, ["all"], structure="dense").task("all")
+    whole = PRIOR.add(answer(task, *all_data()).site)
     print([f"{(mean - whole.mean).norm():.1e} from the joint model" for mean, _ in results])
     torch.testing.assert_close(results, [(whole.mean, whole.precision)] * CLIENTS, rtol=1e-4, atol=1e-5)
