@@ -75,6 +75,7 @@ fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
 ax.scatter(mismatch.values(), nll.values(), color=[VERMILION if name == "merge" else BLUE for name in means])
 for name in means:
     ax.annotate(name, (mismatch[name], nll[name]), xytext=(5, 5), textcoords="offset points")
-ax.set(xlabel="gradient mismatch, on training data", ylabel="test NLL", title="merged without data")
+ax.margins(0.12)  # for the names
+ax.set(xlabel="gradient mismatch, on training data", ylabel="test NLL [nats]", title="merged without data")
 os.makedirs(folder := os.environ.get("FIGURES", "figures"), exist_ok=True)
 fig.savefig(f"{folder}/08_merging.png", dpi=150)
