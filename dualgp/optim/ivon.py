@@ -11,7 +11,7 @@ from torch import nn
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket
-from dualgp.optim.settings import settings, warn_if_wide
+from dualgp.optim.settings import check_betas, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
@@ -135,8 +135,7 @@ class IVON(SampledOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not 0 <= group["beta1"] < 1 or not 0 <= group["beta2"] <= 1:
-            raise InputError(f"beta1 must lie in [0, 1) and beta2 in [0, 1], got {group['beta1']}, {group['beta2']}.")
+        check_betas(group)
         if not group["ess"] > 0 or not group["weight_decay"] >= 0 or not group["hess_init"] > 0:
             raise InputError(
                 f"ess and hess_init must be positive and weight_decay at least 0, got {group['ess']}, "
