@@ -266,6 +266,10 @@ class SampledOptimizer(Optimizer):
         """Fill with standard normal noise."""
         return out.normal_(generator=self.generator_on(out.device))
 
+    def _uniform(self, out: Tensor) -> Tensor:
+        """Fill with uniform noise."""
+        return out.uniform_(generator=self.generator_on(out.device))
+
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ float32, or float64 for float64 parameters, so that weights in half precision lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Bucket:
             self.views = {name: self._split(flat) for name, flat in self.buffers.items()}
             torch._foreach_copy_(self.views["mean"], [p.detach() for p in params])
         self.seen = [False] * len(params)  # whose gradients the sums hold
-        self.stochastic_rounding = False
+        self.uniform: Callable[[Tensor], Tensor] | None = None  # noise to round low precision by, or to the nearest
         self.read_versions()
 
     def read_versions(self) -> None:
@@ -91,10 +91,10 @@ class Bucket:
 
     def write(self, name: str, wanted: list[bool]) -> None:
         """Copy a buffer into the parameters wanted."""
-        if self.low_precision and self.stochastic_rounding and name == "mean":
+        if self.low_precision and self.uniform is not None and name == "mean":
             for p, value, want in zip(self.params, self.views[name], wanted, strict=True):
                 if want:
-                    p.copy_(_round_at_random(value, p.dtype))
+                    p.copy_(_round_at_random(value, p.dtype, self.uniform(torch.empty_like(value))))
         else:
             self._copy(self.params, self.views[name], wanted)
         if name == "mean":
@@ -140,12 +140,12 @@ def buckets_of(group: dict[str, Any], names: tuple[str, ...]) -> list[Bucket]:
     return [Bucket(group, params, names) for params in kinds.values()]
 
 
-def _round_at_random(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _round_at_random(value: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
     """Round up or down at random so that the expectation is exact: small steps are not lost to half precision."""
     near = value.to(dtype)
     gap = value - near.to(value.dtype)
     up = torch.full_like(near, float("inf")).copysign(gap.to(dtype))
     other = torch.nextafter(near, up)
     width = (other.to(value.dtype) - near.to(value.dtype)).abs()
-    take = torch.rand_like(value) * width < gap.abs()
+    take = uniform * width < gap.abs()
     return torch.where(take & (gap != 0), other, near)

@@ -151,7 +151,7 @@ class IVON(SampledOptimizer):
                 "another IVON, with a prior of all of them (dualgp.WeightPosterior)."
             )
         bucket["hess"].fill_(bucket.group["hess_init"])
-        bucket.stochastic_rounding = self.stochastic_rounding
+        bucket.uniform = self._uniform if self.stochastic_rounding else None
 
     def _set_prior(self, prior: WeightPosterior) -> None:
         """Make mean and precision of a Gaussian the prior of all parameters."""

@@ -189,8 +189,10 @@ def test_stochastic_rounding_is_right_on_average():
     p = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
     optimizer = IVON([("w", p)], num_data=10, total_steps=10, stochastic_rounding=True)
     optimizer._buckets[0]["mean"].fill_(1.001)  # between 1 and 1 + 2⁻⁷
+    state = torch.get_rng_state()
     with torch.no_grad():
         optimizer._buckets[0].write("mean", [True])
+    assert torch.equal(torch.get_rng_state(), state)  # the global stream is left alone
     assert set(p.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
     assert abs(p.float().mean().item() - 1.001) < 5 * 0.004 / 100_000**0.5
 
