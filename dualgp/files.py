@@ -20,10 +20,16 @@ from dualgp.errors import InputError
 def write(
     path: str | PathLike[str], kind: str, version: int, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write tensors and a header to `path`: to a file beside it first, then renamed over it."""
+    """Write tensors and a header to `path`: to a file beside it first, then renamed over it.
+
+    Raises:
+        InputError: if the folder does not exist.
+    """
     held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": f"dualgp.{kind}", "version": str(version), "config": json.dumps(config)}
     target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"There is no folder {target.parent} to write {target.name} to: create it first.")
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     os.close(handle)
     try:

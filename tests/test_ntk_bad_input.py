@@ -1,5 +1,6 @@
 """Networks and arguments that cannot be used are refused, with what to do."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -44,6 +45,7 @@ def weights(value: float) -> nn.Module:
         (lambda: weights(float("nan")), InputError, "2.weight holds NaN or infinity"),
         (lambda: nn.Sequential(nn.LazyLinear(2)), UnsupportedError, "lazy layers"),
         (lambda: nn.Linear(4, 2, dtype=torch.complex128), UnsupportedError, "Complex parameters"),
+        (lambda: nn.Linear(4, 2, device="meta"), UnsupportedError, "without values"),
         (nn.Tanh, InputError, "no parameters"),
     ],
 )
@@ -116,3 +118,11 @@ def test_old_weight_norm_is_refused_with_its_remedy():
     net(draw(3, 4).float())
     with pytest.raises(UnsupportedError, match="weight_norm is a common cause"):
         NetworkJacobian(net, draw(3, 4))
+
+
+def test_a_torchscript_module_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(nn.Linear(4, 2))
+    with pytest.raises(UnsupportedError, match="TorchScript.*module itself"):
+        NetworkJacobian(script, draw(3, 4))

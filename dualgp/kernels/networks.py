@@ -27,15 +27,20 @@ def frozen_network(network: object) -> nn.Module:
     """Return an eval-mode copy that shares nothing with `network` and takes no gradient, in float32 or float64.
 
     Raises:
-        UnsupportedError: if it is no module, cannot be copied, or has complex or uninitialised parameters.
+        UnsupportedError: if it is no module, cannot be copied, is a TorchScript module, or has parameters that are
+            complex, uninitialised or without values (on the device "meta").
         InputError: if a parameter is not finite, or there is none.
     """
     if not isinstance(network, nn.Module):
         raise UnsupportedError(f"Expected a torch.nn.Module, got {type(network).__name__}.")
     network = unwrapped(network)
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UnsupportedError("TorchScript modules cannot be called with other parameters: pass the module itself.")
     state = [*network.parameters(), *network.buffers()]
     if any(is_lazy(t) for t in state):
         raise UnsupportedError("The network has lazy layers without parameters yet: call it once, then pass it.")
+    if any(t.is_meta for t in state):
+        raise UnsupportedError("The network is on the device 'meta', without values: load its weights, then pass it.")
     if any(t.is_complex() for t in network.parameters()):
         raise UnsupportedError("Complex parameters are not supported; hold their real and imaginary parts.")
     try:

@@ -29,6 +29,7 @@ from dualgp.nets.links import Link
 from dualgp.nets.rescaling import under_prior
 from dualgp.nets.spectrum import Spectrum, StructuredSpectrum
 from dualgp.nets.stationarity import Stationarity, stationarity
+from dualgp.nets.structured import StructuredPosterior
 from dualgp.nets.terms import Terms, WeightPosterior, terms_of, terms_through, with_site
 from dualgp.nets.tuning import Method
 from dualgp.predictive import log_predictive, predictive_distribution
@@ -64,6 +65,22 @@ class NetworkPosterior:
     held: Held
     recentring: Recentring
     has_forgotten: bool = False
+
+    def __repr__(self) -> str:
+        """One line: what is held, in what form."""
+        tau = self.prior_precision
+        prior = f"{tau:.4g}" if isinstance(tau, float) else "one for each parameter tensor"
+        inducing = self.basis.inducing_inputs
+        if isinstance(self.posterior, StructuredPosterior):
+            form = f"{self.posterior.structure.kind} over {self.basis.size} weights"
+        elif inducing is None:
+            form = f"dense over {self.basis.size} weights"
+        else:
+            form = f"{self.basis.size} coordinates at {len(inducing)} inputs"
+        return (
+            f"{type(self).__name__}({self.num_data} data, {self.num_outputs} outputs, {form}, "
+            f"prior_precision={prior}, centre={self.centre!r})"
+        )
 
     @property
     def basis(self) -> JacobianBasis:

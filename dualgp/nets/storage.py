@@ -16,6 +16,7 @@ from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import NetworkJacobian, describe
 from dualgp.nets.centre import Recentring
+from dualgp.nets.data import check_outputs
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
 from dualgp.nets.layerwise import Structure, StructuredSite
 from dualgp.nets.structured import StructuredPosterior
@@ -109,6 +110,7 @@ def _build(
     likelihood.load_state_dict(_under(tensors, "likelihood."))
     span = _under(tensors, "span.")
     jacobian = _jacobian(config, _under(tensors, "network."), network, span.get("Z") if example is None else example)
+    check_outputs(likelihood, jacobian.num_outputs)
     tau = tensors["prior_precision"]
     basis = JacobianBasis.from_span_state(
         jacobian, tau if tau.ndim else float(tau), span, float(config["rank_tol"]), coupled=bool(config["coupled"])

@@ -360,3 +360,17 @@ def test_repeated_rows_are_one_inducing_input():
     assert len(q.basis.inducing_inputs) == 5
     assert q.num_data == 20
     assert TARGETS_TEST.shape == (7,)
+
+
+def test_a_posterior_prints_as_one_line():
+    n, weights = len(X), sum(p.numel() for p in NET.parameters())
+    q = network_gp(NET, (X, Y), SOFTMAX, num_inducing=5, prior_precision=TAU)
+    outputs = q.num_outputs
+    assert repr(q) == (
+        f"NetworkPosterior({n} data, {outputs} outputs, {q.basis.size} coordinates at 5 inputs, "
+        f"prior_precision={TAU:.4g}, centre='network')"
+    )
+    for kind in ("dense", "kronecker"):
+        assert f"{kind} over {weights} weights" in repr(network_gp(NET, (X, Y), SOFTMAX, structure=kind))
+    each = torch.ones(len(list(NET.parameters())))
+    assert "one for each parameter tensor" in repr(network_gp(NET, (X, Y), SOFTMAX, prior_precision=each))

@@ -130,6 +130,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         NetworkPosterior.load(path, NET, SOFTMAX)
     with pytest.raises(InputError, match="was saved with"):
         NetworkPosterior.load(path, NET, gaussian(), example=X[:2])
+    with pytest.raises(InputError, match="needs 5 outputs"):
+        NetworkPosterior.load(path, NET, SoftmaxLikelihood(num_classes=5, mixing_weights=False), example=X[:2])
     with pytest.raises(InputError, match="does not fit the network"):
         NetworkPosterior.load(path, mlp(width=7), SOFTMAX, example=X[:2])
     with unchecked(), pytest.raises(UnsupportedError, match="Module"):
@@ -145,6 +147,8 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     q = network_gp(NET, (X, Y), SOFTMAX)
     q.save(path)
     before = path.read_bytes()
+    with pytest.raises(InputError, match="no folder"):
+        q.save(tmp_path / "elsewhere" / "q")
 
     def full_disk(*_, **__):
         raise OSError("no space left")
