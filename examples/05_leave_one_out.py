@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dualgp import mislabelled, network_gp
-from dualgp.plotting import BLACK, BLUE, VERMILION
+from dualgp.plotting import BLUE, plot_images, plot_sweep
 
 torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
 torch.manual_seed(0)
@@ -66,15 +66,14 @@ print(f"of the {len(wrong)} most surprising labels {found:.0%} are wrong, of all
 # %%
 # The twelve most surprising labels, above each image; the wrong ones in vermilion.
 left, right = (fig := plt.figure(figsize=(13, 4.8), layout="constrained")).subfigures(1, 2, width_ratios=(1, 1.3))
-(ax := left.subplots()).semilogx(grid, left_out, "o-", color=BLUE, label="leave-one-out, labels as given")
+curves = {"leave-one-out, labels as given": left_out, "held out, labels right": held_out}
+plot_sweep(ax := left.subplots(), grid, curves)
 ax.semilogx(grid, training, ":", color=BLUE, label="training, labels as given")
-ax.semilogx(grid, held_out, "s--", color=BLACK, label="held out, labels right")
 ax.set(xlabel="prior precision τ", ylabel="NLL (nats per datum)", title="no datum held back", ylim=(0, None))
 ax.legend()
-right.suptitle("most surprising labels")
-for ax, i in zip(right.subplots(2, 6).flat, ranking.indices[:12].tolist(), strict=True):
-    ax.imshow(X[i].reshape(8, 8), cmap="gray_r")
-    ax.set_title(f"“{given[i]}”", color=VERMILION if i in wrong else BLACK)
-    ax.set_axis_off()
+top = ranking.indices[:12]
+labels, images = [f"“{t}”" for t in given[top].tolist()], X[top].reshape(-1, 8, 8)
+plot_images(ax := right.subplots(), images, labels=labels, marked=torch.isin(top, wrong))
+ax.set_title("most surprising labels")
 os.makedirs(folder := os.environ.get("FIGURES", "figures"), exist_ok=True)
 fig.savefig(f"{folder}/05_leave_one_out.png", dpi=150)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpytorch.likelihoods import BernoulliLikelihood, StudentTLikelihood
 from matplotlib.colors import to_rgba
+from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 from toys import F64, gap, gaussian, line, matern, rbf, unchecked, waves
 
 from dualgp import DualGP, Posterior, Sites
@@ -17,11 +18,14 @@ from dualgp.plotting import (
     VERMILION,
     plot_data_scores_2d,
     plot_decision_2d,
+    plot_images,
     plot_posterior_1d,
+    plot_reliability,
     plot_score_2d,
     plot_sites,
     plot_stream_1d,
     plot_stream_2d,
+    plot_sweep,
 )
 
 FIXED = {"learn_hyperparameters": False}
@@ -271,3 +275,80 @@ def test_data_by_what_they_matter(ax):
     assert max(negative.get_sizes()) > max(positive.get_sizes())
     with pytest.raises(InputError, match="scores"):
         plot_data_scores_2d(ax, x, values[:2])
+
+
+# --- calibration, sweeps, images -------------------------------------------------------------------
+
+
+def test_reliability_of_labels_is_accuracy_over_confidence(ax):
+    logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0], [0.5, 0.0, 0.0]], dtype=F64)
+    y = torch.tensor([0, 1, 0, 0])
+    diagonal, points = plot_reliability(ax, Categorical(logits=logits), y, num_bins=2, label="net")
+    confidence = logits.softmax(-1).max(-1).values  # in order: rows 3, 1 | 2, 0, of which row 2 is wrong
+    assert gap(points.get_xdata(), torch.stack([confidence[[3, 1]].mean(), confidence[[2, 0]].mean()])) < 1e-12
+    assert points.get_ydata().tolist() == [1.0, 0.5]
+    assert [list(v) for v in diagonal.get_data()] == [[0, 1], [0, 1]]
+    assert points.get_label() == "net"
+
+
+def test_reliability_of_two_classes_is_that_of_either_form(ax):
+    probs, y = torch.tensor([0.9, 0.2, 0.6, 0.45], dtype=F64), torch.tensor([1, 1, 0, 0])
+    one = plot_reliability(ax, Bernoulli(probs), y.double(), num_bins=3)[1]
+    two = plot_reliability(ax, Categorical(torch.stack([1 - probs, probs], -1)), y, num_bins=3)[1]
+    assert gap(one.get_xdata(), torch.from_numpy(two.get_xdata())) < 1e-12
+    assert gap(one.get_ydata(), torch.from_numpy(two.get_ydata())) == 0
+
+
+def test_reliability_of_numbers_is_coverage(ax):
+    y = Normal(0.0, 1.0).icdf((torch.arange(4000, dtype=F64) + 0.5) / 4000)
+    honest = plot_reliability(ax, Normal(torch.zeros(4000), 1.0), y, num_bins=20)[1]
+    assert gap(honest.get_xdata(), torch.from_numpy(honest.get_ydata())) < 1e-3
+    sure = plot_reliability(ax, Normal(torch.zeros(4000), 0.5), y, num_bins=20)[1]
+    assert (sure.get_ydata()[1:-1] < sure.get_xdata()[1:-1]).all()
+
+
+def test_a_sweep_rings_the_best_of_each(ax):
+    grid = [0.1, 1.0, 10.0]
+    nan = float("nan")
+    curves = {"a": [3.0, 1.0, 2.0], "b": torch.tensor([nan, 5.0, 4.0])}
+    a, ring_a, b, ring_b = plot_sweep(ax, grid, curves)
+    assert ring_a.get_offsets().tolist() == [[1.0, 1.0]]
+    assert ring_b.get_offsets().tolist() == [[10.0, 4.0]]
+    assert (a.get_label(), b.get_label(), ax.get_xscale()) == ("a", "b", "log")
+    assert plot_sweep(ax, grid, {"a": [3.0, 1.0, 2.0]}, best="greatest")[1].get_offsets().tolist() == [[0.1, 3.0]]
+
+
+def test_images_lie_in_rows_and_do_not_overlap(ax):
+    pictures = torch.rand(5, 4, 2)
+    *drawn, a, b, c, d, e = plot_images(ax, pictures, labels="abcde", marked=torch.arange(5) == 3, columns=2)
+    boxes = [image.get_extent() for image in drawn]
+    sizes = [(right - left, top - bottom) for left, right, bottom, top in boxes]
+    assert sizes == [pytest.approx((1, 2))] * 5  # twice as tall as wide
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            assert one[0] > other[1] or other[0] > one[1] or one[2] > other[3] or other[2] > one[3]
+    assert [boxes[k][0] < boxes[k + 1][0] for k in (0, 2)] == [True, True]
+    assert boxes[0][2] > boxes[2][2] > boxes[4][2]
+    assert gap(drawn[3].get_array(), pictures[3]) < 1e-7
+    assert [t.get_text() for t in (a, b, c, d, e)] == list("abcde")
+    assert [t.get_color() == VERMILION for t in (a, b, c, d, e)] == [False, False, False, True, False]
+
+
+def test_what_has_no_calibration_sweep_or_image_raises(ax):
+    y = torch.zeros(3)
+    for call, message in (
+        (lambda: plot_reliability(ax, Bernoulli(torch.rand(4)), y), "one target for each"),
+        (lambda: plot_reliability(ax, Bernoulli(torch.rand(0)), y[:0]), "at least one"),
+        (lambda: plot_reliability(ax, Poisson(torch.ones(3)), y), "Poisson has no cdf"),
+        (lambda: plot_reliability(ax, Bernoulli(torch.rand(3)), y, num_bins=0), "num_bins"),
+        (lambda: plot_sweep(ax, [1.0, -1.0], {}), "positive"),
+        (lambda: plot_sweep(ax, [1.0, 2.0], {"loo": [1.0]}), "loo must be 2 numbers"),
+        (lambda: plot_sweep(ax, [1.0], {"loo": [float("nan")]}), "finite"),
+        (lambda: plot_sweep(ax, [1.0], {}, best="most"), "least"),
+        (lambda: plot_images(ax, torch.rand(0, 2, 2)), "height, width"),
+        (lambda: plot_images(ax, torch.rand(2, 2, 2, 4)), "height, width"),
+        (lambda: plot_images(ax, torch.rand(2, 2, 2), labels="a"), "each of 2"),
+        (lambda: plot_images(ax, torch.rand(2, 2, 2), columns=0), "columns"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

@@ -1,0 +1,189 @@
+"""Posteriors over one input or two, and their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from torch import Tensor
+from torch.distributions import Bernoulli
+
+from dualgp.basis import InducingBasis
+from dualgp.errors import InputError
+from dualgp.gp.model import DualGP
+from dualgp.nets.posterior import NetworkPosterior
+from dualgp.plotting.style import BLACK, BLUE, FIELD, GREEN, VERMILION, areas, by_class, checked_data, to_array
+from dualgp.posterior import Posterior
+from dualgp.sites import Sites
+
+
+def plot_posterior_1d(
+    ax: Axes,
+    model: DualGP | Posterior | NetworkPosterior,
+    x: Tensor,
+    *,
+    data: tuple[Tensor, Tensor] | None = None,
+    link: Callable[[Tensor], Tensor] | None = None,
+    inducing: bool = True,
+    color: str = BLUE,
+    label: str | None = "mean ± 2 sd",
+) -> list[Artist]:
+    """Draw the mean of f and the band of ±2 standard deviations over x; return the line, the band, data and Z.
+
+    Args:
+        ax: where to draw.
+        model: a fitted `DualGP`, a network's posterior or any `Posterior`, with one input and one output.
+        x: inputs [T, 1], in increasing order.
+        data: (X [n, 1], y [n]) to draw as dots.
+        link: increasing function of f to draw instead, say `torch.exp` for a rate: its median and the same quantiles.
+        inducing: whether to mark the inducing inputs as ticks at the foot of the axes.
+        color: of line and band.
+        label: of the line, in a legend.
+
+    Raises:
+        InputError: if the model has several outputs, the inputs several columns, or the data another shape.
+        NotFittedError: if a `DualGP` has not been fitted.
+
+    Example:
+        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> x = torch.linspace(0, 6, 20).unsqueeze(-1)
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood(), num_inducing=6)
+        >>> result = gp.fit(x, x.sin().squeeze(-1))
+        >>> fig, ax = plt.subplots()
+        >>> len(plot_posterior_1d(ax, gp, x, data=(x, x.sin().squeeze(-1))))
+        4
+        >>> plt.close(fig)
+    """
+    q = model.posterior if isinstance(model, DualGP) else model
+    several = q.basis.batch_shape or (q.basis.num_outputs or 1) > 1
+    if x.ndim != 2 or x.shape[-1] != 1 or several:
+        raise InputError(
+            f"plot_posterior_1d draws one function of one input: expected x of shape [T, 1] and a model without batch "
+            f"or outputs, got x {tuple(x.shape)}, batch shape {tuple(q.basis.batch_shape)} and {q.basis.num_outputs} "
+            "outputs."
+        )
+    with torch.no_grad():
+        mean, var = (t.reshape(-1) for t in q.predict(x))
+    curves = (mean + side * var.sqrt() for side in (0.0, -2.0, 2.0))
+    middle, low, high = (to_array(c if link is None else link(c)) for c in curves)
+    at = to_array(x[:, 0])
+    artists: list[Artist] = [
+        *ax.plot(at, middle, color=color, label=label),
+        ax.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0),
+    ]
+    if data is not None:
+        X, y = checked_data(data, 1)
+        artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.6, label="data"))
+    if inducing and isinstance(q.basis, InducingBasis):
+        Z = to_array(q.basis.inducing_points[:, 0])
+        ticks = Line2D(Z, np.full(len(Z), 0.02), linestyle="", marker="|", color=GREEN, label="inducing inputs Z")
+        ticks.set_transform(ax.get_xaxis_transform())  # x in data, y in axes
+        artists.append(ax.add_artist(ticks))  # no part in the limits: an idle Z may lie far from the data
+    return artists
+
+
+def plot_sites(
+    ax: Axes, x: Tensor, sites: Sites, *, quantity: str = "beta", mean: Tensor | None = None
+) -> list[Artist]:
+    """Draw one dual parameter of every datum over x; return a line at zero and one scatter per sign of β.
+
+    The area of a marker is |β|; a site with β ≥ 0 is a filled circle, one with β < 0 an open diamond.
+
+    Args:
+        ax: where to draw.
+        x: where along the axis each datum goes, [N] or [N, 1].
+        sites: of one output, [N].
+        quantity: "beta", "lam" or "alpha".
+        mean: marginal means [N] of q(f_i), from which α = λ − β m; needed for "alpha" only.
+
+    Raises:
+        InputError: if shapes do not fit, the quantity is unknown, or "alpha" is asked for without means.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> fig, ax = plt.subplots()
+        >>> sites = Sites(torch.tensor([1.0, 2.0]), torch.tensor([1.0, -0.1]))
+        >>> len(plot_sites(ax, torch.arange(2.0), sites))
+        3
+        >>> plt.close(fig)
+    """
+    if sites.multi_output or x.reshape(-1).shape != sites.lam.shape:
+        raise InputError(
+            f"plot_sites draws one output: expected one x per site, got x {tuple(x.shape)} and sites "
+            f"{tuple(sites.lam.shape)}. Of several outputs take one: Sites(s.lam[..., c], s.beta[..., c])."
+        )
+    if quantity not in ("beta", "lam", "alpha") or (quantity == "alpha" and mean is None):
+        raise InputError(f'quantity must be "beta", "lam", or "alpha" with mean=, got {quantity!r}.')
+    values = sites.alpha(mean) if quantity == "alpha" and mean is not None else getattr(sites, quantity)
+    at, height, beta = to_array(x.reshape(-1)), to_array(values), to_array(sites.beta)
+    area = areas(beta)
+    artists: list[Artist] = [ax.axhline(0.0, color=BLACK, linewidth=0.6)]
+    for rows, marker, color, label in ((beta >= 0, "o", BLUE, "β ≥ 0"), (beta < 0, "D", VERMILION, "β < 0")):
+        if rows.any():
+            dots = ax.scatter(at[rows], height[rows], s=area[rows], marker=marker, edgecolors=color, label=label)
+            dots.set_facecolor(color if marker == "o" else "none")
+            artists.append(dots)
+    return artists
+
+
+def plot_decision_2d(
+    ax: Axes,
+    gp: DualGP,
+    bounds: Sequence[float | int],
+    *,
+    data: tuple[Tensor, Tensor] | None = None,
+    classes: tuple[str, str] = ("y = 0", "y = 1"),
+    inducing: bool = True,
+    resolution: int = 80,
+) -> list[Artist]:
+    """Draw the field p(y = 1 | x) of a binary model of two inputs; return the image, the p = ½ contour, data and Z.
+
+    Args:
+        ax: where to draw; its limits become `bounds`.
+        gp: fitted with a Bernoulli likelihood.
+        bounds: (x₁ from, x₁ to, x₂ from, x₂ to).
+        data: (X [n, 2], y [n]) to draw: y = 1 as circles, y = 0 as triangles.
+        classes: names of the two classes, in a legend.
+        inducing: whether to mark the inducing inputs.
+        resolution: points along each side of the grid.
+
+    Raises:
+        InputError: if the model does not have two inputs, its predictions are not Bernoulli, or the data have another
+            shape.
+        NotFittedError: if the model has not been fitted.
+
+    Example:
+        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> X = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood())
+        >>> result = gp.fit(X, torch.tensor([0, 0, 1, 1]), learn_hyperparameters=False, learn_inducing=False)
+        >>> fig, ax = plt.subplots()
+        >>> len(plot_decision_2d(ax, gp, (-1, 2, -1, 2), resolution=9))
+        3
+        >>> plt.close(fig)
+    """
+    Z = gp.posterior.basis.inducing_points
+    if Z.shape[-1] != 2:
+        raise InputError(f"plot_decision_2d draws two inputs, the model has {Z.shape[-1]}.")
+    sides = [torch.linspace(a, b, resolution).to(Z) for a, b in (bounds[:2], bounds[2:])]
+    grid = torch.cartesian_prod(*sides)  # [R², 2]
+    p = gp.predict_likelihood(grid)
+    if not isinstance(p, Bernoulli):
+        raise InputError(f"plot_decision_2d needs a binary model, with Bernoulli predictions; got {type(p).__name__}.")
+    field = to_array(p.probs).reshape(resolution, resolution).T
+    a, b = (to_array(s) for s in sides)
+    edges = (a[0], a[-1], b[0], b[-1])
+    artists: list[Artist] = [
+        ax.imshow(field, FIELD, aspect="auto", origin="lower", extent=edges, interpolation="bilinear", vmin=0, vmax=1),
+        ax.contour(a, b, field, levels=[0.5], colors=BLACK),
+    ]
+    if data is not None:
+        artists += by_class(ax, *checked_data(data, 2), classes, s=22.0, edgecolors="white", linewidths=0.4)
+    if inducing:
+        artists += ax.plot(*to_array(Z).T, "+", color=BLACK, markersize=7, label="inducing inputs Z")
+    ax.set(xlim=bounds[:2], ylim=bounds[2:])
+    return artists

@@ -1,0 +1,109 @@
+"""Scores: of queries over the plane, and of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from dualgp.active import score
+from dualgp.active.scores import Rule
+from dualgp.errors import InputError
+from dualgp.gp.model import DualGP
+from dualgp.nets.posterior import NetworkPosterior
+from dualgp.plotting.style import BLACK, BLUE, VERMILION, WORTH, areas, to_array
+
+
+def plot_score_2d(
+    ax: Axes,
+    q: DualGP | NetworkPosterior,
+    bounds: Sequence[float | int],
+    rule: str | Rule = "bald",
+    *,
+    chosen: Tensor | None = None,
+    resolution: int = 60,
+    **options: Any,
+) -> list[Artist]:
+    """Draw what a label would be worth over the plane, darker where more; return the image and a number per query.
+
+    Args:
+        ax: where to draw; its limits become `bounds`.
+        q: a model of two inputs.
+        bounds: (x₁ from, x₁ to, x₂ from, x₂ to).
+        rule: as in `dualgp.active.score`.
+        chosen: inputs [k, 2] to mark by 1 … k, in the order they were chosen.
+        resolution: points along each side of the grid.
+        options: `targets` and `level`, as in `dualgp.active.score`.
+
+    Raises:
+        InputError: if what was chosen does not have two columns; and as `dualgp.active.score`.
+        NotFittedError: if the model has not been fitted.
+
+    Example:
+        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> X = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood())
+        >>> result = gp.fit(X, torch.tensor([0, 0, 1, 1]), learn_hyperparameters=False, learn_inducing=False)
+        >>> fig, ax = plt.subplots()
+        >>> len(plot_score_2d(ax, gp, (-1, 2, -1, 2), chosen=X[:2], resolution=9))
+        3
+        >>> plt.close(fig)
+    """
+    dtype = q.posterior.basis.dtype
+    sides = [torch.linspace(a, b, resolution, dtype=dtype) for a, b in (bounds[:2], bounds[2:])]
+    learner: Any = q
+    worth = to_array(score(learner, torch.cartesian_prod(*sides), rule, **options)).reshape(resolution, resolution).T
+    image = ax.imshow(worth, WORTH, aspect="auto", origin="lower", interpolation="bilinear")
+    image.set_extent((bounds[0], bounds[1], bounds[2], bounds[3]))
+    artists: list[Artist] = [image]
+    if chosen is not None:
+        if chosen.ndim != 2 or chosen.shape[-1] != 2:
+            raise InputError(f"What was chosen must have shape [k, 2], got {tuple(chosen.shape)}.")
+        box = {"boxstyle": "circle", "facecolor": VERMILION, "edgecolor": "white", "pad": 0.2}
+        for number, (a, b) in enumerate(chosen.tolist(), 1):
+            artists.append(ax.text(a, b, str(number), ha="center", va="center", color="white", size=8, bbox=box))
+    ax.set(xlim=bounds[:2], ylim=bounds[2:])
+    return artists
+
+
+def plot_data_scores_2d(
+    ax: Axes, x: Tensor, scores: Tensor, *, chosen: Tensor | None = None, label: str | None = None
+) -> list[Artist]:
+    """Draw data in the plane, larger with |score|; return one scatter per sign, and rings.
+
+    Args:
+        ax: where to draw.
+        x: inputs [n, 2].
+        scores: one for each; ≥ 0 as filled circles, < 0 as open diamonds.
+        chosen: rows to ring, such as `Selection.indices`.
+        label: of the rings, in a legend.
+
+    Raises:
+        InputError: if shapes do not fit.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> fig, ax = plt.subplots()
+        >>> scores = torch.tensor([1.0, -1.0, 2.0, 0.5])
+        >>> len(plot_data_scores_2d(ax, torch.rand(4, 2), scores, chosen=torch.tensor([2])))
+        3
+        >>> plt.close(fig)
+    """
+    if x.ndim != 2 or x.shape[-1] != 2 or scores.shape != x.shape[:1]:
+        raise InputError(f"Expected x [n, 2] and scores [n], got {tuple(x.shape)} and {tuple(scores.shape)}.")
+    at, values = to_array(x), to_array(scores)
+    area = areas(values)
+    artists: list[Artist] = []
+    for rows, marker, color in ((values >= 0, "o", BLUE), (values < 0, "D", VERMILION)):
+        if rows.any():
+            dots = ax.scatter(at[rows, 0], at[rows, 1], s=area[rows], marker=marker, edgecolors=color)
+            dots.set_facecolor(color if marker == "o" else "none")
+            artists.append(dots)
+    if chosen is not None:
+        x1, x2 = at[to_array(chosen)].T
+        artists.append(ax.scatter(x1, x2, s=90, facecolors="none", edgecolors=BLACK, linewidths=1.2, label=label))
+    return artists
