@@ -29,7 +29,7 @@ class SampledOptimizer(Optimizer):
         params: as for any torch optimiser; `named_parameters()` keeps names.
         defaults: settings of groups.
         state_names: buffers that last from step to step.
-        sum_names: buffers that gather over the samples of one step.
+        average_names: buffers that gather averages over the samples of one step.
         mc_samples: how many draws `step(closure)` takes.
         generator: source of noise, on the device of the weights; else one of its own with torch's present seed, so that
             `torch.manual_seed` decides and the global stream is left alone. With a process_group its seed counts only.
@@ -37,7 +37,7 @@ class SampledOptimizer(Optimizer):
     """
 
     state_names: tuple[str, ...] = ()
-    sum_names: tuple[str, ...] = ("gsum",)
+    average_names: tuple[str, ...] = ("gbar",)
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class SampledOptimizer(Optimizer):
         self._given = generator
         self._generators: dict[torch.device, torch.Generator] = {}
         self._buckets: list[Bucket] = []
-        self._weight = 0.0  # of the samples gathered for the next step
+        self._weight = self._before = 0.0  # of the samples gathered for the next step, and of all but the last
         self._dropped_now = False
         self._inside = False
         super().__init__(params, {**defaults, "step": 0})
@@ -68,12 +68,12 @@ class SampledOptimizer(Optimizer):
         """Put a draw of the weights into `sample`."""
         raise NotImplementedError
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        """Add what `grad`, taken at `sample`, says to the sums, `weight` times."""
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        """Let what `grad`, taken at `sample`, says have that share of the averages: all of it for a first sample."""
         raise NotImplementedError
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
-        """Move mean and state by the sums, which are of that total weight."""
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
+        """Move mean and state by the averages."""
         raise NotImplementedError
 
     # --- use --------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class SampledOptimizer(Optimizer):
             new = buckets_of(group, self.state_names)
             for bucket in new:
                 self._start(bucket)
-                for name in self.sum_names:
+                for name in self.average_names:
                     bucket.add(name)
         except BaseException:
             self.param_groups.pop()
@@ -173,14 +173,10 @@ class SampledOptimizer(Optimizer):
             self.num_dropped += 1
             self._dropped_now = True
             return
+        first, self._before, self._weight = self._weight == 0.0, self._weight, self._weight + weight
         for bucket, h in self._each(have):
-            if self._weight == 0.0:
-                for name in self.sum_names:
-                    bucket[name].zero_()
-                bucket.seen = [False] * len(h)
-            bucket.seen = [a or b for a, b in zip(bucket.seen, h, strict=True)]
-            self._gather(bucket, weight)
-        self._weight += weight
+            bucket.seen = h if first else [a or b for a, b in zip(bucket.seen, h, strict=True)]
+            self._gather(bucket, weight / self._weight)  # exactly 1 for the first, which overwrites what was there
 
     def _each(self, values: list[Any]) -> Iterator[tuple[Bucket, Any]]:
         return zip(self._buckets, values, strict=True)
@@ -221,27 +217,30 @@ class SampledOptimizer(Optimizer):
         for bucket in self._buckets:
             runs = bucket.runs(bucket.seen)
             if runs:
-                self._update(bucket, self._weight, runs)
+                self._update(bucket, runs)
             bucket.write("mean", bucket.seen)
         self._weight, self._dropped_now = 0.0, False
         return loss
 
     def _synchronise(self) -> None:
-        """Add the sums of all ranks: a rank's weight counts, so shares of a batch may differ in size."""
+        """Average over all ranks: a rank's weight counts, so shares of a batch may differ in size."""
         if self.process_group is None:
             return
-        device = self._buckets[0]["mean"].device
+        mine, device = self._weight, self._buckets[0]["mean"].device
         weight = torch.tensor([self._weight, float(self._dropped_now)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(weight, group=self.process_group)
+        total = float(weight[0])
         for bucket in self._buckets:
-            seen = torch.tensor([self._weight > 0 and s for s in bucket.seen], dtype=torch.float32, device=device)
+            seen = torch.tensor([mine > 0 and s for s in bucket.seen], dtype=torch.float32, device=device)
             torch.distributed.all_reduce(seen, group=self.process_group)
-            for name in self.sum_names:
-                if self._weight == 0.0:
+            for name in self.average_names:
+                if mine == 0.0:
                     bucket[name].zero_()
+                elif mine != total:
+                    bucket[name].mul_(mine / total)
                 torch.distributed.all_reduce(bucket[name], group=self.process_group)
             bucket.seen = [s > 0 for s in seen.tolist()]
-        self._weight, self._dropped_now = float(weight[0]), bool(weight[1] > 0)
+        self._weight, self._dropped_now = total, bool(weight[1] > 0)
 
     # --- noise ------------------------------------------------------------------------------------
 

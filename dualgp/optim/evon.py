@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualgp.errors import InputError, UnsupportedError, check_count
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
+from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.settings import check_betas, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
@@ -74,7 +74,7 @@ class EVON(SampledOptimizer):
     """
 
     state_names = ("momentum", "hess")
-    sum_names = ("gsum", "nsum")
+    average_names = ("gbar", "nbar")
 
     def __init__(
         self,
@@ -155,36 +155,36 @@ class EVON(SampledOptimizer):
             self._turn(p, sample, back=True)
         bucket["sample"].add_(bucket["mean"])
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        bucket["gsum"].add_(bucket["grad"], alpha=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        bucket["gbar"].lerp_(bucket["grad"], share) if share < 1.0 else bucket["gbar"].copy_(bucket["grad"])
         turned = bucket["turned"].copy_(bucket["sample"]).sub_(bucket["mean"])
         for p, g, e in zip(bucket.params, bucket.views["grad"], bucket.views["turned"], strict=True):
             self._turn(p, g)
             self._turn(p, e)
-        bucket["nsum"].addcmul_(turned, bucket["grad"], value=weight)
+        average_product(bucket["nbar"], turned, bucket["grad"], share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lam, d, beta1, rho = group["ess"], group["weight_decay"], group["beta1"], 1.0 - group["beta2"]
         debias, rescale = 1.0 - beta1 ** group["step"], group["hess_init"] + d
-        for m, mom, g, step in bucket.chunks("mean", "momentum", "gsum", "turned", runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+        for m, mom, g, step in bucket.chunks("mean", "momentum", "gbar", "turned", runs=runs):
+            mom.lerp_(g, 1.0 - beta1)
             torch.add(mom / debias, m, alpha=d, out=step)
-        seen = list(zip(bucket.params, bucket.seen, bucket.views["turned"], bucket.views["gsum"], strict=True))
+        seen = list(zip(bucket.params, bucket.seen, bucket.views["turned"], bucket.views["gbar"], strict=True))
         for p, was, step, _ in seen:
             if was:
                 self._turn(p, step)
         floor = rescale / _WIDEST**2
-        for h, n, step in bucket.chunks("hess", "nsum", "turned", runs=runs):
+        for h, n, step in bucket.chunks("hess", "nbar", "turned", runs=runs):
             hd = h + d
-            r = n.mul(lam / weight).sub_(h / hd).mul_(rho).clamp_(-_MOST, _MOST)  # ρ(Ĥ − h)/(h + d)
+            r = n.mul(lam).sub_(h / hd).mul_(rho).clamp_(-_MOST, _MOST)  # ρ(Ĥ − h)/(h + d)
             hd.addcmul_(hd, r.addcmul_(r, r, value=0.5)).clamp_min_(floor)
             torch.sub(hd, d, out=h)
             step.div_(hd).clamp_(-group["clip_radius"], group["clip_radius"])
         for p, was, step, g in seen:
             if was:
                 self._turn(p, step, back=True)
-                self._move_basis(p, g / weight, group)
+                self._move_basis(p, g, group)
         for m, step in bucket.chunks("mean", "turned", runs=runs):
             m.sub_(step, alpha=group["lr"] * rescale)
 

@@ -38,7 +38,7 @@ class Bucket:
             self.buffers = {name: like.clone() for name in (*self.names, "sample", "grad")}
             self.views = {name: self._split(flat) for name, flat in self.buffers.items()}
             torch._foreach_copy_(self.views["mean"], [p.detach() for p in params])
-        self.seen = [False] * len(params)  # whose gradients the sums hold
+        self.seen = [False] * len(params)  # whose gradients the averages hold
         self.uniform: Callable[[Tensor], Tensor] | None = None  # noise to round low precision by, or to the nearest
         self.read_versions()
 
@@ -67,6 +67,15 @@ class Bucket:
         for run in [slice(0, self.size)] if runs is None else runs:
             for start in range(run.start, run.stop, max(1, step)):
                 yield tuple(self.buffers[name][start : min(start + step, run.stop)] for name in names)
+
+    def average(self, name: str, source: str, share: float) -> None:
+        """Let a buffer have a share in an average: a whole one takes its place, and leaves it the old one."""
+        if share == 1.0:
+            for held in (self.buffers, self.views):
+                held[name], held[source] = held[source], held[name]
+        else:
+            for mean, value in self.chunks(name, source):
+                mean.lerp_(value, share)
 
     def runs(self, wanted: list[bool]) -> list[slice]:
         """Return where the wanted parameters lie, neighbours joined."""
@@ -121,6 +130,14 @@ class Bucket:
             source = [s for s, want in zip(source, wanted, strict=True) if want]
         if to:
             torch._foreach_copy_(to, [s.detach() for s in source])
+
+
+def average_product(mean: Tensor, a: Tensor, b: Tensor, share: float) -> None:
+    """Let a∘b have a share in an average, in place; a whole one overwrites."""
+    if share == 1.0:
+        torch.mul(a, b, out=mean)
+    else:
+        mean.mul_(1.0 - share).addcmul_(a, b, value=share)
 
 
 def buckets_of(group: dict[str, Any], names: tuple[str, ...]) -> list[Bucket]:

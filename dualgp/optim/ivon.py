@@ -6,11 +6,11 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
+from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.settings import check_betas, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
@@ -79,7 +79,7 @@ class IVON(SampledOptimizer):
     """
 
     state_names = ("momentum", "hess")
-    sum_names = ("gsum", "nsum")
+    average_names = ("gbar", "nbar")
 
     def __init__(
         self,
@@ -182,41 +182,44 @@ class IVON(SampledOptimizer):
             bucket["sample"].copy_(bucket["mean"])
             return
         for sample, m, h, d in _with_decay(bucket, "sample", "mean", "hess"):
-            sigma = (h + d).mul_(lam).rsqrt_()
-            self._noise(sample).mul_(sigma).add_(m)  # θ = m + ε/√(λ(h + d))
+            sigma = (h + d).rsqrt_()
+            torch.addcmul(m, self._noise(sample), sigma, value=lam**-0.5, out=sample)  # θ = m + ε/√(λ(h + d))
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        for g, sample, m, gsum, nsum in bucket.chunks("grad", "sample", "mean", "gsum", "nsum"):
-            gsum.add_(g, alpha=weight)
-            nsum.addcmul_(g, g if self.batch_size is not None else sample - m, value=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        for g, sample, m, n in bucket.chunks("grad", "sample", "mean", "nbar"):
+            average_product(n, g, g if self.batch_size is not None else sample - m, share)
+        bucket.average("gbar", "grad", share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lam, lr, beta1 = group["ess"], group["lr"], group["beta1"]
         rho = 0.0 if math.isinf(lam) else 1.0 - group["beta2"]
-        scale = self.batch_size or 0.0
         debias = 1.0 - beta1 ** group["step"] if self.debias else 1.0
         if self.rescale_lr:
             lr = lr * (group["hess_init"] + group["weight_decay"])
         floor = 1.0 / (lam * self.max_std**2) if self.max_std > 0 else 0.0
         radius, prior = group["clip_radius"], "prior_mean" if "prior_mean" in bucket.buffers else "mean"
-        names = ("mean", "momentum", "hess", "gsum", "nsum", prior)
+        names = ("mean", "momentum", "hess", "gbar", "nbar", prior)
         for m, mom, h, g, n, m0, d in _with_decay(bucket, *names, runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+            mom.lerp_(g, 1.0 - beta1)
             hd = h + d
             if rho > 0.0:
-                # r = ρ(ĥ − h)/(h + d), where ĥ = λ(h + d)n̄
-                r = n.mul(scale / weight).sub_(h).div_(hd) if scale else n.mul(lam / weight).sub_(h / hd)
-                r.mul_(rho).clamp_(-_MOST, _MOST)
-                hd.addcmul_(hd, r.addcmul_(r, r, value=0.5))  # h + d ← (h + d)(1 + r + ½r²)
+                # u = (h − ĥ)/(h + d), where ĥ = λ(h + d)n̄, and r = −ρu
+                u = (h / hd).sub_(n, alpha=lam) if self.batch_size is None else h.sub(n, alpha=self.batch_size).div_(hd)
+                u.clamp_(-_MOST / rho, _MOST / rho)
+                hd.addcmul_(hd, u.addcmul_(u, u, value=-0.5 * rho), value=-rho)  # h + d ← (h + d)(1 + r + ½r²)
                 hd.clamp_min_(floor)
                 torch.sub(hd, d, out=h)
-            step = mom / debias
-            step.add_((m - m0).mul_(d) if prior == "prior_mean" else m * d)
-            step.div_(hd)
+            # b(mom/b + d(m − m₀))/(h + d), b what corrects the momentum
+            if isinstance(d, Tensor):
+                step = torch.addcmul(mom, m - m0 if prior == "prior_mean" else m, d, value=debias)
+            else:
+                step = torch.add(mom, m, alpha=debias * d)
             if math.isfinite(radius):
-                step.clamp_(-radius, radius)
-            m.sub_(step, alpha=lr)
+                step = step.div_(hd).clamp_(-radius * debias, radius * debias)
+                m.sub_(step, alpha=lr / debias)
+            else:
+                m.addcdiv_(step, hd, value=-lr / debias)
 
     def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
         """Return q as a value: the prior times a site, S = s₀ + λh and S m = s₀m₀ + λ_site, so that the mean is m.

@@ -56,7 +56,7 @@ class VOGN(SampledOptimizer):
     """
 
     state_names = ("momentum", "log_std")
-    sum_names = ("gsum", "fsum")
+    average_names = ("gbar", "fbar")
 
     def __init__(
         self,
@@ -143,19 +143,18 @@ class VOGN(SampledOptimizer):
         for sample, w, u in bucket.chunks("sample", "mean", "log_std"):
             self._noise(sample).mul_(u.exp()).mul_(N**-0.5).add_(w)
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        for g, square, gsum, fsum in bucket.chunks("grad", "square", "gsum", "fsum"):
-            gsum.add_(g, alpha=weight)
-            fsum.add_(square, alpha=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        bucket.average("gbar", "grad", share)
+        bucket.average("fbar", "square", share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         d, beta1, rho = group["prior_precision"] / group["num_data"], group["beta1"], 1.0 - group["beta2"]
-        for w, mom, u, g, F in bucket.chunks("mean", "momentum", "log_std", "gsum", "fsum", runs=runs):
+        for w, mom, u, g, F in bucket.chunks("mean", "momentum", "log_std", "gbar", "fbar", runs=runs):
             var = (2.0 * u).exp_()  # of the old u: e^{2u}
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight).add_(w, alpha=(1.0 - beta1) * d)
+            mom.lerp_(g, 1.0 - beta1).add_(w, alpha=(1.0 - beta1) * d)
             w.addcmul_(mom, var, value=-group["lr"])
-            f = (F / weight + (d + group["damping"])) * var - group["temperature"]
+            f = (F + (d + group["damping"])) * var - group["temperature"]
             u.sub_(torch.log1p(rho * f), alpha=0.5)
 
     def posterior(self) -> WeightPosterior:  # the network is known
