@@ -111,6 +111,9 @@ class BSAM(SampledOptimizer):
         for g, s, q in bucket.chunks("grad", "precision", "qbar"):
             average_product(q, s.sqrt(), g.abs(), share)
 
+    def _gathered_names(self) -> tuple[str, ...]:
+        return (*self.average_names, "grad")  # of the draw just left, along which the mean is moved next
+
     @contextmanager
     def perturbed_params(self) -> Iterator[None]:
         """Put the weights at w + ρ g/s, g the gradient of the draw just left, and count as much as that draw does.

@@ -239,12 +239,11 @@ class EVON(SampledOptimizer):
             )
         blocks, decays = [], []
         for bucket in self._buckets:
-            bucket.read_mean()
             lam, d = bucket.group["ess"], bucket.group["weight_decay"]
             decays.append(torch.full_like(bucket["mean"], lam * d))
             for p, h in zip(bucket.params, bucket.views["hess"], strict=True):
                 blocks.append(self._precision(p, _matrix(lam * (h + d)), structure))
-        mean, s0 = self._joined("mean").clone(), torch.cat(decays)
+        mean, s0 = self._read_mean(), torch.cat(decays)
         if structure == "dense":
             S = torch.block_diag(*blocks)
             site = WeightSite(S @ mean, S - torch.diag(s0))

@@ -38,13 +38,19 @@ class Bucket:
             self.buffers = {name: like.clone() for name in (*self.names, "sample", "grad")}
             self.views = {name: self._split(flat) for name, flat in self.buffers.items()}
             torch._foreach_copy_(self.views["mean"], [p.detach() for p in params])
+            # Weights in low precision come back from a copy: the mean, rounded again at random, would be others.
+            self.kept = [torch.empty_like(p) for p in params] if self.low_precision else self.views["mean"]
         self.seen = [False] * len(params)  # whose gradients the averages hold
         self.uniform: Callable[[Tensor], Tensor] | None = None  # noise to round low precision by, or to the nearest
         self.read_versions()
 
-    def read_versions(self) -> None:
-        """Take the parameters to be what `mean` says, rounded."""
-        self._written = [p._version for p in self.params]
+    def read_versions(self, as_of: Bucket | None = None) -> None:
+        """Take the parameters to be what `mean` says, rounded; or those that are so in a bucket which this copies."""
+        same = [True] * len(self.params) if as_of is None else as_of._unchanged()
+        self._written = [p._version if s else -1 for p, s in zip(self.params, same, strict=True)]
+
+    def _unchanged(self) -> list[bool]:
+        return [p._version == v for p, v in zip(self.params, self._written, strict=True)]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name]
@@ -95,8 +101,18 @@ class Bucket:
         Of low-precision weights the mean is kept to more digits than they hold, so only those are read that were
         written to (through torch, whose version counter tells).
         """
-        changed = [not self.low_precision or p._version != v for p, v in zip(self.params, self._written, strict=True)]
-        self._copy(self.views["mean"], self.params, changed)
+        self._copy(self.views["mean"], self.params, [not (self.low_precision and same) for same in self._unchanged()])
+
+    def keep(self) -> None:
+        """Keep what the parameters are, and read the mean."""
+        self.read_mean()
+        if self.low_precision:
+            self._copy(self.kept, self.params, [True] * len(self.params))
+
+    def restore(self, wanted: list[bool]) -> None:
+        """Put the parameters wanted back to what was kept."""
+        self._copy(self.params, self.kept, wanted)
+        self.read_versions()
 
     def write(self, name: str, wanted: list[bool]) -> None:
         """Copy a buffer into the parameters wanted."""

@@ -230,11 +230,8 @@ class IVON(SampledOptimizer):
         Raises:
             InputError: if a parameter is not the network's.
         """
-        layout = self._layout(network)
+        layout, mean, parts = self._layout(network), self._read_mean(), []
         with torch.no_grad():
-            for bucket in self._buckets:
-                bucket.read_mean()
-            mean, parts = self._joined("mean").clone(), []
             for bucket in self._buckets:
                 lam = bucket.group["ess"]
                 d = bucket.buffers.get("decay", torch.full_like(bucket["mean"], bucket.group["weight_decay"]))
