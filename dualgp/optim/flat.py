@@ -77,8 +77,8 @@ class Bucket:
     def average(self, name: str, source: str, share: float) -> None:
         """Let a buffer have a share in an average: a whole one takes its place, and leaves it the old one."""
         if share == 1.0:
-            for held in (self.buffers, self.views):
-                held[name], held[source] = held[source], held[name]
+            self.buffers[name], self.buffers[source] = self.buffers[source], self.buffers[name]
+            self.views[name], self.views[source] = self.views[source], self.views[name]
         else:
             for mean, value in self.chunks(name, source):
                 mean.lerp_(value, share)

@@ -35,7 +35,7 @@ def by_parameter(buckets: Iterable[Bucket], names: Iterable[str]) -> dict[nn.Par
 
 
 def check_tensors(
-    numbers: Mapping[nn.Parameter, int], mine: Mapping[nn.Parameter, Tensors], saved: Mapping[int, Tensors]
+    numbers: Mapping[nn.Parameter, int], mine: Mapping[Any, Tensors], saved: Mapping[int, Tensors]
 ) -> None:
     """Raise InputError unless what was saved of each parameter has the names and shapes of mine."""
     for p, number in numbers.items():
