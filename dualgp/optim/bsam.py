@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualgp.errors import CallOrderError, InputError
+from dualgp.errors import CallOrderError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 
@@ -60,6 +60,8 @@ class BSAM(SampledOptimizer):
 
     state_names = ("momentum", "precision")
     average_names = ("gbar", "qbar")
+    positive = ("num_data", "damping", "precision_init")
+    at_least_0 = ("prior_precision", "sam_radius")
 
     def __init__(
         self,
@@ -82,16 +84,6 @@ class BSAM(SampledOptimizer):
         }  # fmt: skip
         self._perturbing = False
         super().__init__(params, defaults, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        for name in ("num_data", "damping", "precision_init"):
-            if not group[name] > 0:
-                raise InputError(f"{name} must be positive, got {group[name]}.")
-        for name in ("prior_precision", "sam_radius"):
-            if not group[name] >= 0:
-                raise InputError(f"{name} must be at least 0, got {group[name]}.")
 
     def _start(self, bucket: Bucket) -> None:
         bucket["precision"].fill_(bucket.group["precision_init"])
@@ -153,8 +145,7 @@ class BSAM(SampledOptimizer):
 
     def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
-        lr, beta1, beta2, N = group["lr"], group["beta1"], group["beta2"], group["num_data"]
-        d = group["prior_precision"] / N
+        lr, beta1, beta2, d = group["lr"], group["beta1"], group["beta2"], decay_of(group)
         for w, mom, s, g, q in bucket.chunks("mean", "momentum", "precision", "gbar", "qbar", runs=runs):
             mom.lerp_(g, 1.0 - beta1).add_(w, alpha=(1.0 - beta1) * d)
             w.addcdiv_(mom, s, value=-lr)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dualgp.errors import CallOrderError, InputError, UnsupportedError, check_count
 from dualgp.optim.flat import Bucket, buckets_of
+from dualgp.optim.settings import check_group
 from dualgp.optim.state import by_parameter, check_tensors, layout_of, numbers_of
 from dualgp.weights import WeightLayout
 
@@ -32,6 +33,8 @@ class SampledOptimizer(Optimizer):
         defaults: settings of groups.
         state_names: buffers that last from step to step.
         average_names: buffers that gather averages over the samples of one step.
+        positive: settings that must be positive, and
+        at_least_0: those that must not be negative.
         mc_samples: how many draws `step(closure)` takes.
         generator: source of noise, on the device of the weights; else one of its own with torch's present seed, so that
             `torch.manual_seed` decides and the global stream is left alone. With a process_group its seed counts only.
@@ -40,6 +43,8 @@ class SampledOptimizer(Optimizer):
 
     state_names: tuple[str, ...] = ()
     average_names: tuple[str, ...] = ("gbar",)
+    positive: tuple[str, ...] = ()
+    at_least_0: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -107,8 +112,7 @@ class SampledOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise InputError unless the settings of a group are in range."""
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-            raise InputError(f"lr must be finite and at least 0, got {group['lr']}.")
+        check_group(group, self.positive, self.at_least_0)
 
     def _expose(self, bucket: Bucket) -> None:
         """Let `state[p]` show the buffers, as torch's tools expect; of full-precision weights the mean is p itself."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualgp.errors import InputError, UnsupportedError
+from dualgp.errors import UnsupportedError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 _SERIES = 1e-6  # below which (e^{−a u} − 1)/u is taken as its series
@@ -43,6 +43,8 @@ class AdditiveBLR(SampledOptimizer):
     """
 
     state_names = ("momentum",)
+    positive = ("num_data", "noise_std")
+    at_least_0 = ("prior_precision",)
 
     def __init__(
         self,
@@ -59,21 +61,16 @@ class AdditiveBLR(SampledOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "noise_std": noise_std,
-            "beta1": beta1, "beta2": 1.0,
+            "beta1": beta1,
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "noise_std")
 
     def _draw(self, bucket: Bucket) -> None:
         for sample, w in bucket.chunks("sample", "mean"):
             self._noise(sample).mul_(bucket.group["noise_std"]).add_(w)
 
     def _gather(self, bucket: Bucket, share: float) -> None:
-        d = _decay(bucket)
+        d = decay_of(bucket.group)
         for g, sample in bucket.chunks("grad", "sample"):
             g.add_(sample, alpha=d)
         bucket.average("gbar", "grad", share)
@@ -139,6 +136,8 @@ class AffineBLR(SampledOptimizer):
 
     state_names = ("scale", "mu", "mv")
     average_names = ("ubar", "vbar")
+    positive = ("num_data", "temperature", "scale_init")
+    at_least_0 = ("prior_precision", "lr_scale")
 
     def __init__(
         self,
@@ -162,13 +161,6 @@ class AffineBLR(SampledOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "temperature", "scale_init")
-        if not group["lr_scale"] >= 0:
-            raise InputError(f"lr_scale must be at least 0, got {group['lr_scale']}.")
-
     def _start(self, bucket: Bucket) -> None:
         bucket["scale"].fill_(bucket.group["scale_init"])
 
@@ -177,7 +169,7 @@ class AffineBLR(SampledOptimizer):
             self._noise(sample).mul_(A).add_(b)
 
     def _gather(self, bucket: Bucket, share: float) -> None:
-        d = _decay(bucket)
+        d = decay_of(bucket.group)
         for g, sample, b, A, ubar, vbar in bucket.chunks("grad", "sample", "mean", "scale", "ubar", "vbar"):
             g.add_(sample, alpha=d)
             average_product(ubar, sample - b, g, share)  # Aε g
@@ -235,6 +227,8 @@ class MultiplicativeBLR(SampledOptimizer):
 
     state_names = ("plus", "minus", "v_plus", "v_minus")
     average_names = ("plus_bar", "minus_bar")
+    positive = ("num_data", "temperature", "offset")
+    at_least_0 = ("prior_precision",)
 
     def __init__(
         self,
@@ -252,14 +246,9 @@ class MultiplicativeBLR(SampledOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "temperature": temperature,
-            "beta1": beta1, "beta2": 1.0, "offset": offset,
+            "beta1": beta1, "offset": offset,
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "temperature", "offset")
 
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
@@ -279,7 +268,7 @@ class MultiplicativeBLR(SampledOptimizer):
         return out.exponential_(generator=self.generator_on(out.device)).mul_(2.0).sqrt_()
 
     def _gather(self, bucket: Bucket, share: float) -> None:
-        d = _decay(bucket)
+        d = decay_of(bucket.group)
         names = ("grad", "sample", "plus", "minus", "r_plus", "r_minus", "plus_bar", "minus_bar")
         for g, sample, plus, minus, r, s, up, down in bucket.chunks(*names):
             g.add_(sample, alpha=d)
@@ -306,15 +295,3 @@ class MultiplicativeBLR(SampledOptimizer):
             "A multiplicative posterior is not Gaussian and has no sites: predict inside sampled_params(train=False). "
             "For a posterior to merge or to go on from use IVON or AffineBLR."
         )
-
-
-def _decay(bucket: Bucket) -> float:
-    return float(bucket.group["prior_precision"] / bucket.group["num_data"])
-
-
-def _check_rule(group: dict[str, Any], *positive: str) -> None:
-    for name in ("num_data", *positive):
-        if not group[name] > 0:
-            raise InputError(f"{name} must be positive, got {group[name]}.")
-    if not group["prior_precision"] >= 0:
-        raise InputError(f"prior_precision must be at least 0, got {group['prior_precision']}.")

@@ -13,7 +13,7 @@ from dualgp.errors import CallOrderError, InputError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 
@@ -57,6 +57,8 @@ class VOGN(SampledOptimizer):
 
     state_names = ("momentum", "log_std")
     average_names = ("gbar", "fbar")
+    positive = ("num_data", "temperature", "init_std")
+    at_least_0 = ("prior_precision", "damping")
 
     def __init__(
         self,
@@ -75,8 +77,8 @@ class VOGN(SampledOptimizer):
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
-        if not num_data > 0 or (init_std is not None and not init_std > 0):
-            raise InputError(f"num_data and init_std must be positive, got {num_data} and {init_std}.")
+        if not num_data > 0:
+            raise InputError(f"num_data must be positive, got {num_data}.")
         self.network, self.loss = network, loss
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "temperature": temperature,
@@ -85,15 +87,6 @@ class VOGN(SampledOptimizer):
         }  # fmt: skip
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         super().__init__(named, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        if not group["temperature"] > 0 or not group["prior_precision"] >= 0 or not group["damping"] >= 0:
-            raise InputError(
-                "temperature must be positive, prior_precision and damping at least 0, got "
-                f"{group['temperature']}, {group['prior_precision']}, {group['damping']}."
-            )
 
     def _start(self, bucket: Bucket) -> None:
         bucket["log_std"].fill_(bucket.group["init_std"] * bucket.group["num_data"] ** 0.5).log_()
@@ -149,7 +142,7 @@ class VOGN(SampledOptimizer):
 
     def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
-        d, beta1, rho = group["prior_precision"] / group["num_data"], group["beta1"], 1.0 - group["beta2"]
+        d, beta1, rho = decay_of(group), group["beta1"], 1.0 - group["beta2"]
         for w, mom, u, g, F in bucket.chunks("mean", "momentum", "log_std", "gbar", "fbar", runs=runs):
             var = (2.0 * u).exp_()  # of the old u: e^{2u}
             mom.lerp_(g, 1.0 - beta1).add_(w, alpha=(1.0 - beta1) * d)
