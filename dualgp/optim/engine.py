@@ -144,13 +144,15 @@ class SampledOptimizer(Optimizer):
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(f"The weight of a sample must be positive and finite, got {weight}.")
         wanted = [[p.requires_grad for p in bucket.params] for bucket in self._buckets]
+        with torch.no_grad():  # of all, before any is drawn: an exception puts all back
+            for bucket in self._buckets:
+                bucket.keep()
         self._inside = True
         try:
             with torch.no_grad():
                 for bucket, want in zip(self._buckets, wanted, strict=True):
                     if train:  # a gradient taken elsewhere, or left by an exception, is not this draw's
                         bucket.drop_gradients()
-                    bucket.keep()
                     self._draw(bucket)
                     bucket.write("sample", want)
             yield

@@ -207,6 +207,21 @@ def test_low_precision_weights_are_rounded_by_steps_only(rounding):
     assert not same(bits, [p.detach().view(torch.int16) for p in net.parameters()])
 
 
+class Interrupted(IVON):
+    def _draw(self, bucket):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exception_while_weights_are_drawn_leaves_all_as_they_were(dtype):
+    net = network(dtype)
+    groups = [{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}]
+    optimizer, before = Interrupted(groups, num_data=1600, total_steps=50), copy.deepcopy(net.state_dict())
+    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params():
+        pass
+    assert same(before.values(), net.state_dict().values())
+
+
 def test_a_posterior_is_not_read_at_a_draw(rule):
     net = network()
     optimizer = rule(net.named_parameters())
