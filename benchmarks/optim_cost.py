@@ -1,6 +1,6 @@
 """What a step of the optimiser costs beside AdamW's, without the network: 10⁶ and 10⁷ parameters.
 
-Claim: IVON in plain torch costs about three times AdamW's step (foreach), where its authors' code costs 16 at 10⁷.
+Claim: IVON in plain torch costs three to four times AdamW's step (foreach), where its authors' code costs 16 at 10⁷.
 
 A step of IVON is entering and leaving `sampled_params()` and `step()`; gradients are at hand. CPU time on one thread,
 interleaved: medians of times, and of the ratios within a repeat. `ivon-opt` is timed if it is installed.
