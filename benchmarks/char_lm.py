@@ -124,7 +124,7 @@ def main() -> None:
         ("test", 8, 300),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=small if SMOKE else size)
-    parser.add_argument("--grid", type=float, nargs="+", default=[3e-3] if SMOKE else [1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--grid", type=float, nargs="+", default=[3e-3] if SMOKE else [3e-4, 1e-3, 3e-3, 1e-2])
     args = parser.parse_args()
     warnings.simplefilter("ignore", NumericalWarning)
     data, test = text()
