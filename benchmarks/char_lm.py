@@ -3,8 +3,9 @@
 Claim: none yet. It prints what it finds, with the time of a step; on a GPU of its own for sizes that mean something.
 
 A transformer with causal attention on the sources of Python's standard library, the last twentieth of which (by file)
-tests. IVON's settings are those published for GPT-2, with β₂ tied to the length of the run: λ = 10⁸, σ₀ = 3·10⁻⁴ and a
-clip of 10⁻³.
+tests. Each optimiser is run at every step size of one grid: AdamW's lr, and as IVON's the most that a weight moves in a
+step, lr (h₀ + d) · clip. IVON's other settings are those published for GPT-2, with β₂ tied to the length of the run
+(1 − β₂ = 1/steps): λ = 10¹⁰ and, warmer, 10⁸, σ₀ = 3·10⁻⁴ and a clip of 10⁻³.
 
     python benchmarks/char_lm.py --device cuda --width 384 --layers 6 --context 256 --batch 64 --steps 3000
 """
@@ -123,25 +124,29 @@ def main() -> None:
         ("test", 8, 300),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=small if SMOKE else size)
+    parser.add_argument("--grid", type=float, nargs="+", default=[3e-3] if SMOKE else [3e-4, 1e-3, 3e-3, 1e-2])
     args = parser.parse_args()
     warnings.simplefilter("ignore", NumericalWarning)
     data, test = text()
-    lam = 1e8
-    optimizers: dict[str, tuple[Callable[[Model], Any], bool]] = {
-        "AdamW, lr .001": (lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1), False),
-        "AdamW, lr .003": (lambda m: torch.optim.AdamW(m.parameters(), 3e-3, weight_decay=0.1), False),
-    }
-    for lr in (3.0, 10.0, 30.0):
-        optimizers[f"IVON, lr {lr:g}"] = (
-            lambda m, lr=lr: IVON(
-                m.named_parameters(), lr, ess=lam, weight_decay=1e-6, init_std=3e-4, total_steps=args.steps,
-                curvature_horizon=1.0, clip_radius=1e-3,
-            ),
-            True,
+    std, clip = 3e-4, 1e-3
+    optimizers: dict[str, tuple[Callable[[Model], Any], bool]] = {}
+    for most in args.grid:
+        optimizers[f"AdamW, {most:g}"] = (
+            lambda m, most=most: torch.optim.AdamW(m.parameters(), most, weight_decay=0.1), False
         )  # fmt: skip
+    for lam in (1e10, 1e8):
+        for most in args.grid:
+            optimizers[f"IVON, λ = {lam:.0e}, {most:g}"] = (
+                lambda m, lam=lam, most=most: IVON(
+                    m.named_parameters(), most / clip * lam * std**2, ess=lam, weight_decay=1e-6, init_std=std,
+                    total_steps=args.steps, curvature_horizon=1.0, clip_radius=clip,
+                ),
+                True,
+            )  # fmt: skip
     rows = []
     for name, (make, sampled) in optimizers.items():
         torch.manual_seed(0)
+        print(name, flush=True)
         net = Model(args.width, args.layers, args.context).to(args.device)
         optimizer = make(net)
         seconds = train(net, optimizer, sampled, data, args)

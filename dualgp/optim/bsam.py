@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualgp.errors import CallOrderError, InputError
+from dualgp.errors import CallOrderError
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
+from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 
@@ -59,7 +59,9 @@ class BSAM(SampledOptimizer):
     """
 
     state_names = ("momentum", "precision")
-    sum_names = ("gsum", "qsum")
+    average_names = ("gbar", "qbar")
+    positive = ("num_data", "damping", "precision_init")
+    at_least_0 = ("prior_precision", "sam_radius")
 
     def __init__(
         self,
@@ -83,16 +85,6 @@ class BSAM(SampledOptimizer):
         self._perturbing = False
         super().__init__(params, defaults, generator=generator, process_group=process_group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        for name in ("num_data", "damping", "precision_init"):
-            if not group[name] > 0:
-                raise InputError(f"{name} must be positive, got {group[name]}.")
-        for name in ("prior_precision", "sam_radius"):
-            if not group[name] >= 0:
-                raise InputError(f"{name} must be at least 0, got {group[name]}.")
-
     def _start(self, bucket: Bucket) -> None:
         bucket["precision"].fill_(bucket.group["precision_init"])
 
@@ -104,29 +96,35 @@ class BSAM(SampledOptimizer):
             else:
                 self._noise(sample).mul_((N * s).rsqrt_()).add_(w)
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        for g, s, gsum, qsum in bucket.chunks("grad", "precision", "gsum", "qsum"):
-            if self._perturbing:
-                gsum.add_(g, alpha=weight)
-            else:
-                qsum.addcmul_(s.sqrt(), g.abs(), value=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        if self._perturbing:
+            bucket.average("gbar", "grad", share)
+            return
+        for g, s, q in bucket.chunks("grad", "precision", "qbar"):
+            average_product(q, s.sqrt(), g.abs(), share)
+
+    def _gathered_names(self) -> tuple[str, ...]:
+        return (*self.average_names, "grad")  # of the draw just left, along which the mean is moved next
 
     @contextmanager
-    def perturbed_params(self, *, weight: float | int = 1.0) -> Iterator[None]:
-        """Put the weights at w + ρ g/s, g the gradient of the draw just left; as `sampled_params` otherwise.
+    def perturbed_params(self) -> Iterator[None]:
+        """Put the weights at w + ρ g/s, g the gradient of the draw just left, and count as much as that draw does.
 
         Raises:
             CallOrderError: if there is no such gradient.
         """
         if self._weight == 0.0 and not self._dropped_now:
             raise CallOrderError("perturbed_params() needs the gradient of a draw: enter sampled_params() first.")
-        before, dropped, self._perturbing = self._weight, self.num_dropped, True
+        both, dropped, whole, self._perturbing = self._weight, self.num_dropped, False, True
+        weight = both - self._before or 1.0  # of no matter where the draw was dropped
+        self._weight = self._before
         try:
             with self.sampled_params(weight=weight):
                 yield
+            whole = self.num_dropped == dropped
         finally:
-            # One sample is both of its gradients. Where the second is lost the sums hold halves: none of them counts.
-            self._perturbing, self._weight = False, before if self.num_dropped == dropped else 0.0
+            # One sample is both of its gradients. Where one is lost the averages hold halves: none of them counts.
+            self._perturbing, self._weight = False, both if whole else 0.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Move by the samples since the last step; with a closure, after both gradients of one. See `SampledOptimizer`.
@@ -145,14 +143,13 @@ class BSAM(SampledOptimizer):
         super().step()
         return loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
-        lr, beta1, beta2, N = group["lr"], group["beta1"], group["beta2"], group["num_data"]
-        d = group["prior_precision"] / N
-        for w, mom, s, g, q in bucket.chunks("mean", "momentum", "precision", "gsum", "qsum", runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight).add_(w, alpha=(1.0 - beta1) * d)
+        lr, beta1, beta2, d = group["lr"], group["beta1"], group["beta2"], decay_of(group)
+        for w, mom, s, g, q in bucket.chunks("mean", "momentum", "precision", "gbar", "qbar", runs=runs):
+            mom.lerp_(g, 1.0 - beta1).add_(w, alpha=(1.0 - beta1) * d)
             w.addcdiv_(mom, s, value=-lr)
-            s.mul_(beta2).add_(q, alpha=(1.0 - beta2) / weight).add_((1.0 - beta2) * (group["damping"] + d))
+            s.lerp_(q, 1.0 - beta2).add_((1.0 - beta2) * (group["damping"] + d))
 
     def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
         """Return N(w, 1/(Ns)) as the prior times a site, without the damping: precision N(s − γ).

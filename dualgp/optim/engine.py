@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dualgp.errors import CallOrderError, InputError, check_count
+from dualgp.errors import CallOrderError, InputError, UnsupportedError, check_count
 from dualgp.optim.flat import Bucket, buckets_of
+from dualgp.optim.settings import check_group
+from dualgp.optim.state import by_parameter, check_tensors, layout_of, numbers_of
 from dualgp.weights import WeightLayout
 
 _RANK_STRIDE = 1_000_003  # between the seeds of ranks
@@ -29,7 +32,9 @@ class SampledOptimizer(Optimizer):
         params: as for any torch optimiser; `named_parameters()` keeps names.
         defaults: settings of groups.
         state_names: buffers that last from step to step.
-        sum_names: buffers that gather over the samples of one step.
+        average_names: buffers that gather averages over the samples of one step.
+        positive: settings that must be positive, and
+        at_least_0: those that must not be negative.
         mc_samples: how many draws `step(closure)` takes.
         generator: source of noise, on the device of the weights; else one of its own with torch's present seed, so that
             `torch.manual_seed` decides and the global stream is left alone. With a process_group its seed counts only.
@@ -37,7 +42,9 @@ class SampledOptimizer(Optimizer):
     """
 
     state_names: tuple[str, ...] = ()
-    sum_names: tuple[str, ...] = ("gsum",)
+    average_names: tuple[str, ...] = ("gbar",)
+    positive: tuple[str, ...] = ()
+    at_least_0: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -54,7 +61,7 @@ class SampledOptimizer(Optimizer):
         self._given = generator
         self._generators: dict[torch.device, torch.Generator] = {}
         self._buckets: list[Bucket] = []
-        self._weight = 0.0  # of the samples gathered for the next step
+        self._weight = self._before = 0.0  # of the samples gathered for the next step, and of all but the last
         self._dropped_now = False
         self._inside = False
         super().__init__(params, {**defaults, "step": 0})
@@ -68,12 +75,12 @@ class SampledOptimizer(Optimizer):
         """Put a draw of the weights into `sample`."""
         raise NotImplementedError
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        """Add what `grad`, taken at `sample`, says to the sums, `weight` times."""
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        """Let what `grad`, taken at `sample`, says have that share of the averages: all of it for a first sample."""
         raise NotImplementedError
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
-        """Move mean and state by the sums, which are of that total weight."""
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
+        """Move mean and state by the averages."""
         raise NotImplementedError
 
     # --- use --------------------------------------------------------------------------------------
@@ -94,7 +101,7 @@ class SampledOptimizer(Optimizer):
             new = buckets_of(group, self.state_names)
             for bucket in new:
                 self._start(bucket)
-                for name in self.sum_names:
+                for name in self.average_names:
                     bucket.add(name)
         except BaseException:
             self.param_groups.pop()
@@ -105,8 +112,7 @@ class SampledOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise InputError unless the settings of a group are in range."""
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-            raise InputError(f"lr must be finite and at least 0, got {group['lr']}.")
+        check_group(group, self.positive, self.at_least_0)
 
     def _expose(self, bucket: Bucket) -> None:
         """Let `state[p]` show the buffers, as torch's tools expect; of full-precision weights the mean is p itself."""
@@ -127,8 +133,8 @@ class SampledOptimizer(Optimizer):
             weight: of this sample among those of a step: the size of its micro-batch, if sizes differ.
 
         Raises:
-            CallOrderError: inside another `sampled_params()`.
-            InputError: if the weight is not positive.
+            CallOrderError: inside another `sampled_params()`, or if nothing has a gradient at the end.
+            InputError: if the weight is not positive, or a gradient is sparse.
         """
         if self._inside:
             raise CallOrderError(
@@ -138,13 +144,15 @@ class SampledOptimizer(Optimizer):
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(f"The weight of a sample must be positive and finite, got {weight}.")
         wanted = [[p.requires_grad for p in bucket.params] for bucket in self._buckets]
+        with torch.no_grad():  # of all, before any is drawn: an exception puts all back
+            for bucket in self._buckets:
+                bucket.keep()
         self._inside = True
         try:
             with torch.no_grad():
                 for bucket, want in zip(self._buckets, wanted, strict=True):
                     if train:  # a gradient taken elsewhere, or left by an exception, is not this draw's
                         bucket.drop_gradients()
-                    bucket.read_mean()
                     self._draw(bucket)
                     bucket.write("sample", want)
             yield
@@ -154,11 +162,16 @@ class SampledOptimizer(Optimizer):
         finally:
             with torch.no_grad():
                 for bucket, want in zip(self._buckets, wanted, strict=True):
-                    bucket.write("mean", want)
+                    bucket.restore(want)
             self._inside = False
 
     def _take(self, wanted: list[list[bool]], weight: float) -> None:
         """Read the gradients of a sample; drop it, and count it, if any of them is not finite."""
+        if sparse := [p for b in self._buckets for p in b.params if p.grad is not None and p.grad.layout != p.layout]:
+            raise InputError(
+                f"The gradient of a parameter of shape {tuple(sparse[0].shape)} is {sparse[0].grad.layout}, as of an "  # type: ignore[union-attr]
+                "embedding with sparse=True; gradients must be dense here. The sample was not taken."
+            )
         have = [
             [want and p.grad is not None for p, want in zip(b.params, w, strict=True)] for b, w in self._each(wanted)
         ]
@@ -173,14 +186,10 @@ class SampledOptimizer(Optimizer):
             self.num_dropped += 1
             self._dropped_now = True
             return
+        first, self._before, self._weight = self._weight == 0.0, self._weight, self._weight + weight
         for bucket, h in self._each(have):
-            if self._weight == 0.0:
-                for name in self.sum_names:
-                    bucket[name].zero_()
-                bucket.seen = [False] * len(h)
-            bucket.seen = [a or b for a, b in zip(bucket.seen, h, strict=True)]
-            self._gather(bucket, weight)
-        self._weight += weight
+            bucket.seen = h if first else [a or b for a, b in zip(bucket.seen, h, strict=True)]
+            self._gather(bucket, weight / self._weight)  # exactly 1 for the first, which overwrites what was there
 
     def _each(self, values: list[Any]) -> Iterator[tuple[Bucket, Any]]:
         return zip(self._buckets, values, strict=True)
@@ -221,27 +230,30 @@ class SampledOptimizer(Optimizer):
         for bucket in self._buckets:
             runs = bucket.runs(bucket.seen)
             if runs:
-                self._update(bucket, self._weight, runs)
+                self._update(bucket, runs)
             bucket.write("mean", bucket.seen)
         self._weight, self._dropped_now = 0.0, False
         return loss
 
     def _synchronise(self) -> None:
-        """Add the sums of all ranks: a rank's weight counts, so shares of a batch may differ in size."""
+        """Average over all ranks: a rank's weight counts, so shares of a batch may differ in size."""
         if self.process_group is None:
             return
-        device = self._buckets[0]["mean"].device
+        mine, device = self._weight, self._buckets[0]["mean"].device
         weight = torch.tensor([self._weight, float(self._dropped_now)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(weight, group=self.process_group)
+        total = float(weight[0])
         for bucket in self._buckets:
-            seen = torch.tensor([self._weight > 0 and s for s in bucket.seen], dtype=torch.float32, device=device)
+            seen = torch.tensor([mine > 0 and s for s in bucket.seen], dtype=torch.float32, device=device)
             torch.distributed.all_reduce(seen, group=self.process_group)
-            for name in self.sum_names:
-                if self._weight == 0.0:
+            for name in self.average_names:
+                if mine == 0.0:
                     bucket[name].zero_()
+                elif mine != total:
+                    bucket[name].mul_(mine / total)
                 torch.distributed.all_reduce(bucket[name], group=self.process_group)
             bucket.seen = [s > 0 for s in seen.tolist()]
-        self._weight, self._dropped_now = float(weight[0]), bool(weight[1] > 0)
+        self._weight, self._dropped_now = total, bool(weight[1] > 0)
 
     # --- noise ------------------------------------------------------------------------------------
 
@@ -272,12 +284,24 @@ class SampledOptimizer(Optimizer):
 
     # --- state ------------------------------------------------------------------------------------
 
+    def _gathered_names(self) -> tuple[str, ...]:
+        """Buffers that samples leave for the step that is to come."""
+        return self.average_names
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: buffers by parameter, settings, steps, and the state of the random numbers."""
+        """Return the state: buffers by parameter, settings, steps, random numbers, samples not stepped by yet."""
         state = super().state_dict()
         devices = {bucket["mean"].device for bucket in self._buckets}
         state["generators"] = {str(device): self.generator_on(device).get_state() for device in devices}
         state["num_dropped"], state["rank"] = self.num_dropped, self._rank()
+        if self._weight > 0.0 or self._dropped_now:
+            numbers = numbers_of(self.param_groups, state["param_groups"])
+            averages = by_parameter(self._buckets, self._gathered_names())
+            state["gathered"] = {
+                "averages": {numbers[p]: {n: v.clone() for n, v in views.items()} for p, views in averages.items()},
+                "seen": {numbers[p]: seen for b in self._buckets for p, seen in zip(b.params, b.seen, strict=True)},
+                "weights": [self._weight, self._before, float(self._dropped_now)],
+            }
         return state
 
     @torch.no_grad()
@@ -291,30 +315,12 @@ class SampledOptimizer(Optimizer):
         if self._inside:
             raise CallOrderError("A state cannot be loaded inside sampled_params(): do it before.")
         groups, state = state_dict["param_groups"], state_dict["state"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise InputError(
-                f"The state has groups of {[len(g['params']) for g in groups]} parameters, this optimiser of "
-                f"{[len(g['params']) for g in self.param_groups]}; build it as the one that was saved."
-            )
-        numbers = {
-            p: k
-            for g, mine in zip(groups, self.param_groups, strict=True)
-            for k, p in zip(g["params"], mine["params"], strict=True)
-        }
-        for bucket in self._buckets:
-            for p in bucket.params:
-                mine, theirs = self.state[p], state.get(numbers[p], {})
-                wrong = [n for n in mine if n not in theirs or theirs[n].shape != mine[n].shape]
-                if wrong:
-                    raise InputError(
-                        f"The state of parameter {numbers[p]}, of shape {tuple(p.shape)}, lacks {wrong} of that "
-                        "shape; it was saved by another optimiser or for another network."
-                    )
-                if more := sorted(set(theirs) - set(mine) - {"mean"}):
-                    raise InputError(
-                        f"The state of parameter {numbers[p]} has {more}, which this optimiser knows nothing of: build "
-                        "it as the one that was saved, with prior= if that had one."
-                    )
+        numbers, own = numbers_of(self.param_groups, groups), state_dict.get("rank", 0) == self._rank()
+        gathered = state_dict.get("gathered") if own else None  # the samples of another rank are not ours
+        averages = by_parameter(self._buckets, self._gathered_names())
+        check_tensors(numbers, self.state, state)
+        if gathered is not None:
+            check_tensors(numbers, averages, gathered["averages"])
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             mine.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
         for bucket in self._buckets:
@@ -324,31 +330,52 @@ class SampledOptimizer(Optimizer):
             bucket.read_versions()
         for name, value in state_dict.get("generators", {}).items():
             device = torch.device(name)
-            if state_dict.get("rank", 0) == self._rank():
+            if own:
                 self.generator_on(device).set_state(value.cpu())
             else:  # the state of another rank, as where one saves for all: noise that follows from it, and is our own
                 self._generators[device] = self._seeded(device, zlib.crc32(bytes(value.tolist())))
         self.num_dropped = state_dict.get("num_dropped", 0)
-        self._weight, self._dropped_now = 0.0, False
+        self._weight, self._before, self._dropped_now = 0.0, 0.0, False
+        if gathered is not None:
+            for p, views in averages.items():
+                for name, value in views.items():
+                    value.copy_(gathered["averages"][numbers[p]][name])
+            for bucket in self._buckets:
+                bucket.seen = [gathered["seen"][numbers[p]] for p in bucket.params]
+            self._weight, self._before, dropped = gathered["weights"]
+            self._dropped_now = bool(dropped)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SampledOptimizer:
+        """Return an optimiser of its own parameters: those of a network's copy, where both are copied in one call."""
+        if self._inside:
+            raise CallOrderError("An optimiser cannot be copied inside sampled_params(): do it before.")
+        new = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.process_group)] = self.process_group
+        # A scheduler wraps `step` in a function that holds on to the optimiser: the copy's would move the original.
+        new.__dict__ = copy.deepcopy({name: value for name, value in self.__dict__.items() if name != "step"}, memo)
+        for bucket, old in zip(new._buckets, self._buckets, strict=True):
+            bucket.read_versions(as_of=old)
+        return new
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "Optimisers are not pickled: save optimizer.state_dict(), or copy.deepcopy((network, optimizer))."
+        )
 
     # --- reading out ------------------------------------------------------------------------------
 
     def _layout(self, network: nn.Module | None) -> WeightLayout:
         """Names and shapes of all parameters in the order of buckets."""
-        names: dict[int, str] = {}
-        for group in self.param_groups:
-            for p, name in zip(group["params"], group.get("param_names", []), strict=False):
-                names[id(p)] = name
-        if network is not None:
-            names = {id(p): name for name, p in network.named_parameters()}
-        ordered = [p for bucket in self._buckets for p in bucket.params]
-        missing = [tuple(p.shape) for p in ordered if id(p) not in names]
-        if network is not None and missing:
-            raise InputError(f"{len(missing)} parameters are not the network's, the first of shape {missing[0]}.")
-        return WeightLayout({names.get(id(p), str(k)): p.shape for k, p in enumerate(ordered)})
+        return layout_of([p for bucket in self._buckets for p in bucket.params], self.param_groups, network)
 
-    def _joined(self, name: str) -> Tensor:
-        return torch.cat([bucket[name] for bucket in self._buckets])
+    def _read_mean(self) -> Tensor:
+        """Return the mean of all parameters, in the order of buckets."""
+        if self._inside:
+            raise CallOrderError("posterior() was called inside sampled_params(): call it after.")
+        with torch.no_grad():
+            for bucket in self._buckets:
+                bucket.read_mean()
+            return torch.cat([bucket["mean"] for bucket in self._buckets])
 
 
 def _finite(values: Tensor) -> bool:

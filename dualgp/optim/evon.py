@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from dualgp.errors import InputError, UnsupportedError, check_count
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
-from dualgp.optim.settings import check_betas, settings, warn_if_wide
+from dualgp.optim.flat import Bucket, average_product
+from dualgp.optim.ivon import IVON, WIDEST, move_precision
+from dualgp.optim.settings import first_std, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
-_WIDEST = 10.0  # of σ₀, and
-_MOST = 2.0  # of ρ(ĥ − h)/(h + d) in one step: as in IVON
 _DENSE = 4096  # weights, beyond which a dense precision is not formed
 
 
@@ -74,7 +73,9 @@ class EVON(SampledOptimizer):
     """
 
     state_names = ("momentum", "hess")
-    sum_names = ("gsum", "nsum")
+    average_names = ("gbar", "nbar")
+    positive = IVON.positive
+    at_least_0 = IVON.at_least_0
 
     def __init__(
         self,
@@ -103,33 +104,25 @@ class EVON(SampledOptimizer):
     ) -> None:
         found = settings(
             num_data=num_data, ess=ess, temperature=temperature, prior_precision=prior_precision,
-            weight_decay=weight_decay, has_prior=False, init_std=init_std, hess_init=hess_init,
-            total_steps=total_steps, curvature_horizon=curvature_horizon, beta2=beta2,
+            weight_decay=weight_decay, init_std=init_std, hess_init=hess_init, total_steps=total_steps,
+            curvature_horizon=curvature_horizon, beta2=beta2,
         )  # fmt: skip
         check_count("basis_every", basis_every, 1)
         check_count("max_side", max_side, 1)
         self.basis_every, self.max_side, self.vectors = basis_every, max_side, vectors
         defaults = {
-            "lr": lr, "beta1": beta1, "beta2": found.beta2, "ess": found.ess, "weight_decay": found.weight_decay,
-            "hess_init": found.hess_init, "clip_radius": clip_radius,
-            "basis_beta": found.beta2 if basis_beta is None else basis_beta,
+            "lr": lr, "beta1": beta1, "clip_radius": clip_radius, **found,
+            "basis_beta": found["beta2"] if basis_beta is None else basis_beta,
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-        warn_if_wide((found.ess * (found.hess_init + found.weight_decay)) ** -0.5)
+        warn_if_wide(first_std(found))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_betas(group)
-        if not 0 <= group["basis_beta"] < 1 or not group["clip_radius"] > 0:
-            raise InputError(
-                f"basis_beta must lie in [0, 1) and clip_radius be positive, got {group['basis_beta']} and "
-                f"{group['clip_radius']}."
-            )
-        if not 0 < group["ess"] < math.inf or not group["weight_decay"] >= 0 or not group["hess_init"] > 0:
-            raise InputError(
-                f"ess and hess_init must be positive and finite and weight_decay at least 0, got {group['ess']}, "
-                f"{group['hess_init']}, {group['weight_decay']}."
-            )
+        if not 0 <= group["basis_beta"] < 1:
+            raise InputError(f"basis_beta must lie in [0, 1), got {group['basis_beta']}.")
+        if math.isinf(group["ess"]):
+            raise InputError(f"ess must be positive and finite, got {group['ess']}.")
 
     def _start(self, bucket: Bucket) -> None:
         bucket["hess"].fill_(bucket.group["hess_init"])
@@ -155,36 +148,36 @@ class EVON(SampledOptimizer):
             self._turn(p, sample, back=True)
         bucket["sample"].add_(bucket["mean"])
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        bucket["gsum"].add_(bucket["grad"], alpha=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        bucket["gbar"].lerp_(bucket["grad"], share) if share < 1.0 else bucket["gbar"].copy_(bucket["grad"])
         turned = bucket["turned"].copy_(bucket["sample"]).sub_(bucket["mean"])
         for p, g, e in zip(bucket.params, bucket.views["grad"], bucket.views["turned"], strict=True):
             self._turn(p, g)
             self._turn(p, e)
-        bucket["nsum"].addcmul_(turned, bucket["grad"], value=weight)
+        average_product(bucket["nbar"], turned, bucket["grad"], share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lam, d, beta1, rho = group["ess"], group["weight_decay"], group["beta1"], 1.0 - group["beta2"]
         debias, rescale = 1.0 - beta1 ** group["step"], group["hess_init"] + d
-        for m, mom, g, step in bucket.chunks("mean", "momentum", "gsum", "turned", runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+        for m, mom, g, step in bucket.chunks("mean", "momentum", "gbar", "turned", runs=runs):
+            mom.lerp_(g, 1.0 - beta1)
             torch.add(mom / debias, m, alpha=d, out=step)
-        seen = list(zip(bucket.params, bucket.seen, bucket.views["turned"], bucket.views["gsum"], strict=True))
+        seen = list(zip(bucket.params, bucket.seen, bucket.views["turned"], bucket.views["gbar"], strict=True))
         for p, was, step, _ in seen:
             if was:
                 self._turn(p, step)
-        floor = rescale / _WIDEST**2
-        for h, n, step in bucket.chunks("hess", "nsum", "turned", runs=runs):
+        floor = rescale / WIDEST**2
+        for h, n, step in bucket.chunks("hess", "nbar", "turned", runs=runs):
             hd = h + d
-            r = n.mul(lam / weight).sub_(h / hd).mul_(rho).clamp_(-_MOST, _MOST)  # ρ(Ĥ − h)/(h + d)
-            hd.addcmul_(hd, r.addcmul_(r, r, value=0.5)).clamp_min_(floor)
-            torch.sub(hd, d, out=h)
+            if rho > 0.0:
+                u = (h / hd).sub_(n, alpha=lam)  # (h − Ĥ)/(h + d)
+                torch.sub(move_precision(hd, u, rho, floor), d, out=h)
             step.div_(hd).clamp_(-group["clip_radius"], group["clip_radius"])
         for p, was, step, g in seen:
             if was:
                 self._turn(p, step, back=True)
-                self._move_basis(p, g / weight, group)
+                self._move_basis(p, g, group)
         for m, step in bucket.chunks("mean", "turned", runs=runs):
             m.sub_(step, alpha=group["lr"] * rescale)
 
@@ -239,12 +232,11 @@ class EVON(SampledOptimizer):
             )
         blocks, decays = [], []
         for bucket in self._buckets:
-            bucket.read_mean()
             lam, d = bucket.group["ess"], bucket.group["weight_decay"]
             decays.append(torch.full_like(bucket["mean"], lam * d))
             for p, h in zip(bucket.params, bucket.views["hess"], strict=True):
                 blocks.append(self._precision(p, _matrix(lam * (h + d)), structure))
-        mean, s0 = self._joined("mean").clone(), torch.cat(decays)
+        mean, s0 = self._read_mean(), torch.cat(decays)
         if structure == "dense":
             S = torch.block_diag(*blocks)
             site = WeightSite(S @ mean, S - torch.diag(s0))

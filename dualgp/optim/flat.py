@@ -38,13 +38,19 @@ class Bucket:
             self.buffers = {name: like.clone() for name in (*self.names, "sample", "grad")}
             self.views = {name: self._split(flat) for name, flat in self.buffers.items()}
             torch._foreach_copy_(self.views["mean"], [p.detach() for p in params])
-        self.seen = [False] * len(params)  # whose gradients the sums hold
+            # Weights in low precision come back from a copy: the mean, rounded again at random, would be others.
+            self.kept = [torch.empty_like(p) for p in params] if self.low_precision else self.views["mean"]
+        self.seen = [False] * len(params)  # whose gradients the averages hold
         self.uniform: Callable[[Tensor], Tensor] | None = None  # noise to round low precision by, or to the nearest
         self.read_versions()
 
-    def read_versions(self) -> None:
-        """Take the parameters to be what `mean` says, rounded."""
-        self._written = [p._version for p in self.params]
+    def read_versions(self, as_of: Bucket | None = None) -> None:
+        """Take the parameters to be what `mean` says, rounded; or those that are so in a bucket which this copies."""
+        same = [True] * len(self.params) if as_of is None else as_of._unchanged()
+        self._written = [p._version if s else -1 for p, s in zip(self.params, same, strict=True)]
+
+    def _unchanged(self) -> list[bool]:
+        return [p._version == v for p, v in zip(self.params, self._written, strict=True)]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name]
@@ -68,6 +74,15 @@ class Bucket:
             for start in range(run.start, run.stop, max(1, step)):
                 yield tuple(self.buffers[name][start : min(start + step, run.stop)] for name in names)
 
+    def average(self, name: str, source: str, share: float) -> None:
+        """Let a buffer have a share in an average: a whole one takes its place, and leaves it the old one."""
+        if share == 1.0:
+            self.buffers[name], self.buffers[source] = self.buffers[source], self.buffers[name]
+            self.views[name], self.views[source] = self.views[source], self.views[name]
+        else:
+            for mean, value in self.chunks(name, source):
+                mean.lerp_(value, share)
+
     def runs(self, wanted: list[bool]) -> list[slice]:
         """Return where the wanted parameters lie, neighbours joined."""
         found: list[slice] = []
@@ -86,8 +101,18 @@ class Bucket:
         Of low-precision weights the mean is kept to more digits than they hold, so only those are read that were
         written to (through torch, whose version counter tells).
         """
-        changed = [not self.low_precision or p._version != v for p, v in zip(self.params, self._written, strict=True)]
-        self._copy(self.views["mean"], self.params, changed)
+        self._copy(self.views["mean"], self.params, [not (self.low_precision and same) for same in self._unchanged()])
+
+    def keep(self) -> None:
+        """Keep what the parameters are, and read the mean."""
+        self.read_mean()
+        if self.low_precision:
+            self._copy(self.kept, self.params, [True] * len(self.params))
+
+    def restore(self, wanted: list[bool]) -> None:
+        """Put the parameters wanted back to what was kept."""
+        self._copy(self.params, self.kept, wanted)
+        self.read_versions()
 
     def write(self, name: str, wanted: list[bool]) -> None:
         """Copy a buffer into the parameters wanted."""
@@ -121,6 +146,14 @@ class Bucket:
             source = [s for s, want in zip(source, wanted, strict=True) if want]
         if to:
             torch._foreach_copy_(to, [s.detach() for s in source])
+
+
+def average_product(mean: Tensor, a: Tensor, b: Tensor, share: float) -> None:
+    """Let a∘b have a share in an average, in place; a whole one overwrites."""
+    if share == 1.0:
+        torch.mul(a, b, out=mean)
+    else:
+        mean.mul_(1.0 - share).addcmul_(a, b, value=share)
 
 
 def buckets_of(group: dict[str, Any], names: tuple[str, ...]) -> list[Bucket]:

@@ -6,16 +6,16 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
-from dualgp.optim.settings import check_betas, settings, warn_if_wide
+from dualgp.optim.flat import Bucket, average_product
+from dualgp.optim.settings import first_std, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
-_WIDEST = 10.0  # of σ₀: where the loss is flat, curvature decays, noise grows, and what it finds is flatter still
+WIDEST = 10.0  # of σ₀: where the loss is flat, curvature decays, noise grows, and what it finds is flatter still
 _MOST = 2.0  # of ρ(ĥ − h)/(h + d) in one step: a curvature grows fivefold at most, and nothing overflows
 
 
@@ -79,7 +79,9 @@ class IVON(SampledOptimizer):
     """
 
     state_names = ("momentum", "hess")
-    sum_names = ("gsum", "nsum")
+    average_names = ("gbar", "nbar")
+    positive = ("ess", "hess_init", "clip_radius")
+    at_least_0 = ("weight_decay",)
 
     def __init__(
         self,
@@ -111,8 +113,8 @@ class IVON(SampledOptimizer):
     ) -> None:
         found = settings(
             num_data=num_data, ess=ess, temperature=temperature, prior_precision=prior_precision,
-            weight_decay=weight_decay, has_prior=prior is not None, init_std=init_std, hess_init=hess_init,
-            total_steps=total_steps, curvature_horizon=curvature_horizon, beta2=beta2,
+            weight_decay=weight_decay, init_std=init_std, hess_init=hess_init, total_steps=total_steps,
+            curvature_horizon=curvature_horizon, beta2=beta2, has_prior=prior is not None,
         )  # fmt: skip
         if hess_approx not in ("price", "gradsq") or (hess_approx == "gradsq") != (batch_size is not None):
             raise InputError(
@@ -120,29 +122,15 @@ class IVON(SampledOptimizer):
             )
         if max_std is not None and not max_std > 0:
             raise InputError(f"max_std must be positive, got {max_std}.")
-        std = (found.ess * (found.hess_init + found.weight_decay)) ** -0.5
+        std = first_std(found)
         self.batch_size, self.debias, self.rescale_lr = batch_size, debias, rescale_lr
-        self.max_std = _WIDEST * std if max_std is None else max_std
+        self.max_std = WIDEST * std if max_std is None else max_std
         self.stochastic_rounding, self._has_prior = stochastic_rounding, False
-        defaults = {
-            "lr": lr, "beta1": beta1, "beta2": found.beta2, "ess": found.ess, "weight_decay": found.weight_decay,
-            "hess_init": found.hess_init, "clip_radius": clip_radius,
-        }  # fmt: skip
+        defaults = {"lr": lr, "beta1": beta1, "clip_radius": clip_radius, **found}
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
         if prior is not None:
             self._set_prior(prior)
         warn_if_wide(std)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        if not group["ess"] > 0 or not group["weight_decay"] >= 0 or not group["hess_init"] > 0:
-            raise InputError(
-                f"ess and hess_init must be positive and weight_decay at least 0, got {group['ess']}, "
-                f"{group['hess_init']}, {group['weight_decay']}."
-            )
-        if not group["clip_radius"] > 0:
-            raise InputError(f"clip_radius must be positive, got {group['clip_radius']}.")
 
     def _start(self, bucket: Bucket) -> None:
         if self._has_prior:
@@ -182,41 +170,41 @@ class IVON(SampledOptimizer):
             bucket["sample"].copy_(bucket["mean"])
             return
         for sample, m, h, d in _with_decay(bucket, "sample", "mean", "hess"):
-            sigma = (h + d).mul_(lam).rsqrt_()
-            self._noise(sample).mul_(sigma).add_(m)  # θ = m + ε/√(λ(h + d))
+            sigma = (h + d).rsqrt_()
+            torch.addcmul(m, self._noise(sample), sigma, value=lam**-0.5, out=sample)  # θ = m + ε/√(λ(h + d))
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        for g, sample, m, gsum, nsum in bucket.chunks("grad", "sample", "mean", "gsum", "nsum"):
-            gsum.add_(g, alpha=weight)
-            nsum.addcmul_(g, g if self.batch_size is not None else sample - m, value=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        for g, sample, m, n in bucket.chunks("grad", "sample", "mean", "nbar"):
+            average_product(n, g, g if self.batch_size is not None else sample - m, share)
+        bucket.average("gbar", "grad", share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lam, lr, beta1 = group["ess"], group["lr"], group["beta1"]
         rho = 0.0 if math.isinf(lam) else 1.0 - group["beta2"]
-        scale = self.batch_size or 0.0
         debias = 1.0 - beta1 ** group["step"] if self.debias else 1.0
         if self.rescale_lr:
             lr = lr * (group["hess_init"] + group["weight_decay"])
         floor = 1.0 / (lam * self.max_std**2) if self.max_std > 0 else 0.0
         radius, prior = group["clip_radius"], "prior_mean" if "prior_mean" in bucket.buffers else "mean"
-        names = ("mean", "momentum", "hess", "gsum", "nsum", prior)
+        names = ("mean", "momentum", "hess", "gbar", "nbar", prior)
         for m, mom, h, g, n, m0, d in _with_decay(bucket, *names, runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+            mom.lerp_(g, 1.0 - beta1)
             hd = h + d
             if rho > 0.0:
-                # r = ρ(ĥ − h)/(h + d), where ĥ = λ(h + d)n̄
-                r = n.mul(scale / weight).sub_(h).div_(hd) if scale else n.mul(lam / weight).sub_(h / hd)
-                r.mul_(rho).clamp_(-_MOST, _MOST)
-                hd.addcmul_(hd, r.addcmul_(r, r, value=0.5))  # h + d ← (h + d)(1 + r + ½r²)
-                hd.clamp_min_(floor)
-                torch.sub(hd, d, out=h)
-            step = mom / debias
-            step.add_((m - m0).mul_(d) if prior == "prior_mean" else m * d)
-            step.div_(hd)
+                # u = (h − ĥ)/(h + d), where ĥ = λ(h + d)n̄
+                u = (h / hd).sub_(n, alpha=lam) if self.batch_size is None else h.sub(n, alpha=self.batch_size).div_(hd)
+                torch.sub(move_precision(hd, u, rho, floor), d, out=h)
+            # b(mom/b + d(m − m₀))/(h + d), b what corrects the momentum
+            if isinstance(d, Tensor):
+                step = torch.addcmul(mom, m - m0 if prior == "prior_mean" else m, d, value=debias)
+            else:
+                step = torch.add(mom, m, alpha=debias * d)
             if math.isfinite(radius):
-                step.clamp_(-radius, radius)
-            m.sub_(step, alpha=lr)
+                step = step.div_(hd).clamp_(-radius * debias, radius * debias)
+                m.sub_(step, alpha=lr / debias)
+            else:
+                m.addcdiv_(step, hd, value=-lr / debias)
 
     def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
         """Return q as a value: the prior times a site, S = s₀ + λh and S m = s₀m₀ + λ_site, so that the mean is m.
@@ -227,11 +215,8 @@ class IVON(SampledOptimizer):
         Raises:
             InputError: if a parameter is not the network's.
         """
-        layout = self._layout(network)
+        layout, mean, parts = self._layout(network), self._read_mean(), []
         with torch.no_grad():
-            for bucket in self._buckets:
-                bucket.read_mean()
-            mean, parts = self._joined("mean").clone(), []
             for bucket in self._buckets:
                 lam = bucket.group["ess"]
                 d = bucket.buffers.get("decay", torch.full_like(bucket["mean"], bucket.group["weight_decay"]))
@@ -240,6 +225,12 @@ class IVON(SampledOptimizer):
             m0, s0, B = (torch.cat(p) for p in zip(*parts, strict=True))
         site = WeightSite(B * mean + s0 * (mean - m0), B)
         return WeightPosterior(layout, site, prior_mean=m0, prior_precision=s0)
+
+
+def move_precision(hd: Tensor, u: Tensor, rho: float, floor: float) -> Tensor:
+    """Move h + d in place by (h + d)(1 + r + ½r²), r = −ρu, of a bounded r; u is used up."""
+    u.clamp_(-_MOST / rho, _MOST / rho)
+    return hd.addcmul_(hd, u.addcmul_(u, u, value=-0.5 * rho), value=-rho).clamp_min_(floor)
 
 
 def _with_decay(bucket: Bucket, *names: str, runs: list[slice] | None = None) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualgp.errors import InputError, UnsupportedError
+from dualgp.errors import UnsupportedError
 from dualgp.optim.engine import SampledOptimizer
-from dualgp.optim.flat import Bucket
+from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 _SERIES = 1e-6  # below which (e^{−a u} − 1)/u is taken as its series
@@ -43,6 +43,8 @@ class AdditiveBLR(SampledOptimizer):
     """
 
     state_names = ("momentum",)
+    positive = ("num_data", "noise_std")
+    at_least_0 = ("prior_precision",)
 
     def __init__(
         self,
@@ -59,28 +61,24 @@ class AdditiveBLR(SampledOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "noise_std": noise_std,
-            "beta1": beta1, "beta2": 1.0,
+            "beta1": beta1,
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "noise_std")
 
     def _draw(self, bucket: Bucket) -> None:
         for sample, w in bucket.chunks("sample", "mean"):
             self._noise(sample).mul_(bucket.group["noise_std"]).add_(w)
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        d = _decay(bucket)
-        for g, sample, gsum in bucket.chunks("grad", "sample", "gsum"):
-            gsum.add_(g, alpha=weight).add_(sample, alpha=weight * d)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        d = decay_of(bucket.group)
+        for g, sample in bucket.chunks("grad", "sample"):
+            g.add_(sample, alpha=d)
+        bucket.average("gbar", "grad", share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         lr, beta1 = bucket.group["lr"], bucket.group["beta1"]
-        for w, mom, g in bucket.chunks("mean", "momentum", "gsum", runs=runs):
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight)
+        for w, mom, g in bucket.chunks("mean", "momentum", "gbar", runs=runs):
+            mom.lerp_(g, 1.0 - beta1)
             w.sub_(mom, alpha=lr)
 
     def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
@@ -137,7 +135,9 @@ class AffineBLR(SampledOptimizer):
     """
 
     state_names = ("scale", "mu", "mv")
-    sum_names = ("usum", "vsum")
+    average_names = ("ubar", "vbar")
+    positive = ("num_data", "temperature", "scale_init")
+    at_least_0 = ("prior_precision", "lr_scale")
 
     def __init__(
         self,
@@ -161,13 +161,6 @@ class AffineBLR(SampledOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "temperature", "scale_init")
-        if not group["lr_scale"] >= 0:
-            raise InputError(f"lr_scale must be at least 0, got {group['lr_scale']}.")
-
     def _start(self, bucket: Bucket) -> None:
         bucket["scale"].fill_(bucket.group["scale_init"])
 
@@ -175,20 +168,20 @@ class AffineBLR(SampledOptimizer):
         for sample, b, A in bucket.chunks("sample", "mean", "scale"):
             self._noise(sample).mul_(A).add_(b)
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        d = _decay(bucket)
-        for g, sample, b, A, usum, vsum in bucket.chunks("grad", "sample", "mean", "scale", "usum", "vsum"):
-            g = g + d * sample
-            usum.addcmul_(sample - b, g, value=weight)  # Aε g
-            vsum.addcmul_(A, g, value=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        d = decay_of(bucket.group)
+        for g, sample, b, A, ubar, vbar in bucket.chunks("grad", "sample", "mean", "scale", "ubar", "vbar"):
+            g.add_(sample, alpha=d)
+            average_product(ubar, sample - b, g, share)  # Aε g
+            average_product(vbar, A, g, share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lr, lr_scale, beta1, beta2 = group["lr"], group["lr_scale"], group["beta1"], group["beta2"]
         tau = group["temperature"] / group["num_data"]
-        for b, A, mu, mv, u, v in bucket.chunks("mean", "scale", "mu", "mv", "usum", "vsum", runs=runs):
-            mu.mul_(beta2).add_(u, alpha=(1.0 - beta2) / weight).sub_((1.0 - beta2) * tau)
-            mv.mul_(beta1).add_(v, alpha=(1.0 - beta1) / weight)
+        for b, A, mu, mv, u, v in bucket.chunks("mean", "scale", "mu", "mv", "ubar", "vbar", runs=runs):
+            mu.lerp_(u, 1.0 - beta2).sub_((1.0 - beta2) * tau)
+            mv.lerp_(v, 1.0 - beta1)
             small = mu.abs() < _SERIES
             safe = torch.where(small, torch.ones_like(mu), mu)
             ratio = torch.where(small, -lr + 0.5 * lr**2 * mu, torch.expm1(-lr * safe) / safe)
@@ -233,7 +226,9 @@ class MultiplicativeBLR(SampledOptimizer):
     """
 
     state_names = ("plus", "minus", "v_plus", "v_minus")
-    sum_names = ("plus_sum", "minus_sum")
+    average_names = ("plus_bar", "minus_bar")
+    positive = ("num_data", "temperature", "offset")
+    at_least_0 = ("prior_precision",)
 
     def __init__(
         self,
@@ -251,14 +246,9 @@ class MultiplicativeBLR(SampledOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "temperature": temperature,
-            "beta1": beta1, "beta2": 1.0, "offset": offset,
+            "beta1": beta1, "offset": offset,
         }  # fmt: skip
         super().__init__(params, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        _check_rule(group, "temperature", "offset")
 
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
@@ -277,20 +267,20 @@ class MultiplicativeBLR(SampledOptimizer):
         """Fill with the length of a standard normal vector in the plane: √(2 · Exp(1))."""
         return out.exponential_(generator=self.generator_on(out.device)).mul_(2.0).sqrt_()
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        d = _decay(bucket)
-        names = ("grad", "sample", "plus", "minus", "r_plus", "r_minus", "plus_sum", "minus_sum")
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        d = decay_of(bucket.group)
+        names = ("grad", "sample", "plus", "minus", "r_plus", "r_minus", "plus_bar", "minus_bar")
         for g, sample, plus, minus, r, s, up, down in bucket.chunks(*names):
-            g = g + d * sample
-            up.addcmul_(g, plus * r, value=weight)
-            down.addcmul_(g, minus * s, value=-weight)
+            g.add_(sample, alpha=d)
+            average_product(up, g, plus * r, share)
+            average_product(down, g, -minus * s, share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
         lr, beta1, tau = group["lr"], group["beta1"], group["temperature"] / group["num_data"]
         for sign in ("plus", "minus"):
-            for g, v, total in bucket.chunks(sign, f"v_{sign}", f"{sign}_sum", runs=runs):
-                v.mul_(beta1).add_(total, alpha=(1.0 - beta1) / weight).sub_((1.0 - beta1) * tau)
+            for g, v, at in bucket.chunks(sign, f"v_{sign}", f"{sign}_bar", runs=runs):
+                v.lerp_(at, 1.0 - beta1).sub_((1.0 - beta1) * tau)
                 g.mul_(torch.exp(-lr * v))
         for mean, plus, minus in bucket.chunks("mean", "plus", "minus", runs=runs):
             torch.sub(plus, minus, out=mean).mul_(math.sqrt(math.pi / 2))
@@ -305,15 +295,3 @@ class MultiplicativeBLR(SampledOptimizer):
             "A multiplicative posterior is not Gaussian and has no sites: predict inside sampled_params(train=False). "
             "For a posterior to merge or to go on from use IVON or AffineBLR."
         )
-
-
-def _decay(bucket: Bucket) -> float:
-    return float(bucket.group["prior_precision"] / bucket.group["num_data"])
-
-
-def _check_rule(group: dict[str, Any], *positive: str) -> None:
-    for name in ("num_data", *positive):
-        if not group[name] > 0:
-            raise InputError(f"{name} must be positive, got {group[name]}.")
-    if not group["prior_precision"] >= 0:
-        raise InputError(f"prior_precision must be at least 0, got {group['prior_precision']}.")

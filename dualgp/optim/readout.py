@@ -20,12 +20,10 @@ def diagonal_posterior(
     prior_precision: Callable[[Bucket], float],
 ) -> WeightPosterior:
     """Return N(mean, 1/S) with S as given for each bucket, as a prior N(0, 1/s₀) times a site."""
-    layout = optimizer._layout(network)
-    parts = []
+    layout, m, parts = optimizer._layout(network), optimizer._read_mean(), []
     with torch.no_grad():
         for bucket in optimizer._buckets:
-            bucket.read_mean()
             S = precision(bucket)
-            parts.append((bucket["mean"].clone(), S, torch.full_like(S, prior_precision(bucket))))
-        m, S, s0 = (torch.cat(p) for p in zip(*parts, strict=True))
+            parts.append((S, torch.full_like(S, prior_precision(bucket))))
+        S, s0 = (torch.cat(p) for p in zip(*parts, strict=True))
     return WeightPosterior(layout, WeightSite(S * m, S - s0), prior_precision=s0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 from dualgp.errors import InputError, NumericalWarning
@@ -14,23 +13,6 @@ WEIGHT_DECAY = 1e-3  # per datum: a prior precision of a thousandth of the data,
 HORIZON = 3.6  # how many of the curvature's time constants a run lasts
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What an update reads.
-
-    Args:
-        ess: λ, how many data the mean loss stands for.
-        weight_decay: d, of which λd is the prior's precision.
-        hess_init: h₀; the first variance is 1/(λ(h₀ + d)).
-        beta2: 1 − ρ, of the curvature's running mean.
-    """
-
-    ess: float
-    weight_decay: float
-    hess_init: float
-    beta2: float
-
-
 def settings(
     *,
     num_data: float | int | None,
@@ -38,16 +20,16 @@ def settings(
     temperature: float | int,
     prior_precision: float | int | None,
     weight_decay: float | int | None,
-    has_prior: bool,
     init_std: float | int | None,
     hess_init: float | int | None,
     total_steps: int | None,
     curvature_horizon: float | int | None,
     beta2: float | int | None,
-) -> Settings:
-    """Return settings from either of two ways to give each.
+    has_prior: bool = False,
+) -> dict[str, float]:
+    """Return what an update reads, from either of two ways to give each.
 
-    λ = N/T, d = s₀/λ, h₀ = 1/(λσ₀²) − d, ρ = c/total_steps
+    λ = N/T, d = s₀/λ, h₀ = 1/(λσ₀²) − d, 1 − β₂ = c/total_steps
 
     Raises:
         InputError: if both ways are taken, neither where one must be, or a value is out of range.
@@ -70,7 +52,8 @@ def settings(
                 f"init_std={std} is no smaller than what the prior allows, {(lam * d) ** -0.5:.3g}: give a smaller "
                 "one, or a smaller prior_precision."
             )
-    return Settings(lam, d, float(hess_init), _memory(beta2, total_steps, curvature_horizon))
+    beta2 = _memory(beta2, total_steps, curvature_horizon)
+    return {"ess": lam, "weight_decay": d, "hess_init": float(hess_init), "beta2": beta2}
 
 
 def _decay(lam: float, prior_precision: float | int | None, weight_decay: float | int | None, has_prior: bool) -> float:
@@ -121,18 +104,36 @@ def _positive(**values: float | int | None) -> None:
             raise InputError(f"{name} must be positive, got {value}.")
 
 
-def warn_if_wide(std: float | int) -> None:
+def first_std(group: dict[str, Any]) -> float:
+    """Return the standard deviation of weights at the start, 1/√(λ(h₀ + d))."""
+    return float((group["ess"] * (group["hess_init"] + group["weight_decay"])) ** -0.5)
+
+
+def warn_if_wide(std: float) -> None:
     """Warn if weights are drawn so far from the mean that networks seldom train."""
     if std > 0.1:
         warnings.warn(
             f"Weights are drawn with a standard deviation of {std:.3g} at the start; networks seldom train above 0.1. "
             "Give init_std= (0.003 to 0.03), or a larger hess_init.",
             NumericalWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def check_betas(group: dict[str, Any]) -> None:
-    """Raise InputError unless momentum and memory are in range."""
-    if not 0 <= group["beta1"] < 1 or not 0 <= group["beta2"] <= 1:
-        raise InputError(f"beta1 must lie in [0, 1) and beta2 in [0, 1], got {group['beta1']} and {group['beta2']}.")
+def decay_of(group: dict[str, Any]) -> float:
+    """Return what a prior of absolute precision s₀ adds to the curvature of the mean loss, d = s₀/N."""
+    return float(group["prior_precision"] / group["num_data"])
+
+
+def check_group(group: dict[str, Any], positive: tuple[str, ...], at_least_0: tuple[str, ...]) -> None:
+    """Raise InputError unless step size, momentum and memory are in range, and what must be positive or ≥ 0 is."""
+    if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+        raise InputError(f"lr must be finite and at least 0, got {group['lr']}.")
+    if not 0 <= group["beta1"] < 1:
+        raise InputError(f"beta1 must lie in [0, 1), got {group['beta1']}.")
+    if not 0 <= group.get("beta2", 0) <= 1:
+        raise InputError(f"beta2 must lie in [0, 1], got {group['beta2']}.")
+    _positive(**{name: group[name] for name in positive})
+    for name in at_least_0:
+        if not group[name] >= 0:
+            raise InputError(f"{name} must be at least 0, got {group[name]}.")

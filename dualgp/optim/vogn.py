@@ -13,7 +13,7 @@ from dualgp.errors import CallOrderError, InputError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket
 from dualgp.optim.readout import diagonal_posterior
-from dualgp.optim.settings import check_betas
+from dualgp.optim.settings import decay_of
 from dualgp.weights import WeightPosterior
 
 
@@ -56,7 +56,9 @@ class VOGN(SampledOptimizer):
     """
 
     state_names = ("momentum", "log_std")
-    sum_names = ("gsum", "fsum")
+    average_names = ("gbar", "fbar")
+    positive = ("num_data", "temperature", "init_std")
+    at_least_0 = ("prior_precision", "damping")
 
     def __init__(
         self,
@@ -75,8 +77,8 @@ class VOGN(SampledOptimizer):
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
-        if not num_data > 0 or (init_std is not None and not init_std > 0):
-            raise InputError(f"num_data and init_std must be positive, got {num_data} and {init_std}.")
+        if not num_data > 0:
+            raise InputError(f"num_data must be positive, got {num_data}.")
         self.network, self.loss = network, loss
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "temperature": temperature,
@@ -85,15 +87,6 @@ class VOGN(SampledOptimizer):
         }  # fmt: skip
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         super().__init__(named, defaults, mc_samples=mc_samples, generator=generator, process_group=process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_betas(group)
-        if not group["temperature"] > 0 or not group["prior_precision"] >= 0 or not group["damping"] >= 0:
-            raise InputError(
-                "temperature must be positive, prior_precision and damping at least 0, got "
-                f"{group['temperature']}, {group['prior_precision']}, {group['damping']}."
-            )
 
     def _start(self, bucket: Bucket) -> None:
         bucket["log_std"].fill_(bucket.group["init_std"] * bucket.group["num_data"] ** 0.5).log_()
@@ -143,19 +136,18 @@ class VOGN(SampledOptimizer):
         for sample, w, u in bucket.chunks("sample", "mean", "log_std"):
             self._noise(sample).mul_(u.exp()).mul_(N**-0.5).add_(w)
 
-    def _gather(self, bucket: Bucket, weight: float) -> None:
-        for g, square, gsum, fsum in bucket.chunks("grad", "square", "gsum", "fsum"):
-            gsum.add_(g, alpha=weight)
-            fsum.add_(square, alpha=weight)
+    def _gather(self, bucket: Bucket, share: float) -> None:
+        bucket.average("gbar", "grad", share)
+        bucket.average("fbar", "square", share)
 
-    def _update(self, bucket: Bucket, weight: float, runs: list[slice]) -> None:
+    def _update(self, bucket: Bucket, runs: list[slice]) -> None:
         group = bucket.group
-        d, beta1, rho = group["prior_precision"] / group["num_data"], group["beta1"], 1.0 - group["beta2"]
-        for w, mom, u, g, F in bucket.chunks("mean", "momentum", "log_std", "gsum", "fsum", runs=runs):
+        d, beta1, rho = decay_of(group), group["beta1"], 1.0 - group["beta2"]
+        for w, mom, u, g, F in bucket.chunks("mean", "momentum", "log_std", "gbar", "fbar", runs=runs):
             var = (2.0 * u).exp_()  # of the old u: e^{2u}
-            mom.mul_(beta1).add_(g, alpha=(1.0 - beta1) / weight).add_(w, alpha=(1.0 - beta1) * d)
+            mom.lerp_(g, 1.0 - beta1).add_(w, alpha=(1.0 - beta1) * d)
             w.addcmul_(mom, var, value=-group["lr"])
-            f = (F / weight + (d + group["damping"])) * var - group["temperature"]
+            f = (F + (d + group["damping"])) * var - group["temperature"]
             u.sub_(torch.log1p(rho * f), alpha=0.5)
 
     def posterior(self) -> WeightPosterior:  # the network is known

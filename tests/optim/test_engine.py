@@ -171,15 +171,15 @@ def test_two_draws_are_one_step_of_averaged_statistics():
     for weight in (1.0, 3.0):
         with a.sampled_params(weight=weight):
             closure(nets[0])()
-    gsum, nsum = [], []
+    gbar, nbar = [], []
     for _ in range(2):
         with b.sampled_params():
             closure(nets[1])()
-        gsum.append(b._buckets[0]["gsum"].clone())
-        nsum.append(b._buckets[0]["nsum"].clone())
+        gbar.append(b._buckets[0]["gbar"].clone())
+        nbar.append(b._buckets[0]["nbar"].clone())
         b._weight = 0.0
-    b._buckets[0]["gsum"].copy_((gsum[0] + 3.0 * gsum[1]) / 4.0)
-    b._buckets[0]["nsum"].copy_((nsum[0] + 3.0 * nsum[1]) / 4.0)
+    b._buckets[0]["gbar"].copy_((gbar[0] + 3.0 * gbar[1]) / 4.0)
+    b._buckets[0]["nbar"].copy_((nbar[0] + 3.0 * nbar[1]) / 4.0)
     b._weight = 1.0
     a.step(), b.step()
     for mine, theirs in zip(a._buckets[0].names, b._buckets[0].names, strict=True):
