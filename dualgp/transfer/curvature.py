@@ -30,6 +30,7 @@ def network_curvature(
     structure: Literal["diagonal", "dense"] = "diagonal",
     *,
     kind: CurvatureKind = "ggn",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the curvature of −Σ log p(yᵢ|f(xᵢ; θ)) at the network's weights, [P] or [P, P], in float64.
 
@@ -44,6 +45,7 @@ def network_curvature(
         likelihood: a GPyTorch likelihood, as for `laplace_sites`.
         structure: "diagonal" or "dense".
         kind: "ggn" or "empirical".
+        weights: how many data each datum stands for, [n]; 1 if None.
 
     Raises:
         InputError: if an argument is unknown, or data do not fit.
@@ -60,6 +62,8 @@ def network_curvature(
     """
     if structure not in ("diagonal", "dense") or kind not in ("ggn", "empirical"):
         raise InputError(f'Expected "diagonal" or "dense" and "ggn" or "empirical", got {structure!r} and {kind!r}.')
+    if weights is not None and weights.shape != (len(x),):
+        raise InputError(f"Expected a weight for each of {len(x)} data, got {tuple(weights.shape)}.")
     jacobian = _jacobian(network, x)
     P = jacobian.num_params
     total = torch.zeros((P,) if structure == "diagonal" else (P, P), dtype=torch.float64, device=jacobian.device)
@@ -70,10 +74,14 @@ def network_curvature(
             sites = laplace_sites(likelihood, y[rows][start : start + step], block.f)
             jac = block.dense().double()  # [n, C, P]
             if kind == "empirical":
-                vectors, weights = torch.einsum("ncp,nc->np", jac, _alpha(sites, block)), torch.ones(1).double()
+                vectors = torch.einsum("ncp,nc->np", jac, _alpha(sites, block))
+                scale = vectors.new_ones(len(vectors))
             else:
-                vectors, weights = _rotated(jac, sites)
-            weighted = vectors * weights.unsqueeze(-1)
+                vectors, scale = _rotated(jac, sites)
+            if weights is not None:
+                w = weights[rows][start : start + step].to(scale)
+                scale = scale * w.repeat_interleave(len(scale) // len(w))
+            weighted = vectors * scale.unsqueeze(-1)
             total += (weighted * vectors).sum(0) if structure == "diagonal" else weighted.mT @ vectors
     return total if structure == "diagonal" else symmetrise(total)
 
