@@ -61,6 +61,21 @@ class WeightLayout:
         """P, the number of weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
+    def parameters_of(self, network: nn.Module) -> list[nn.Parameter]:
+        """Return the network's parameters that this is of, in order.
+
+        Raises:
+            InputError: if the network has not these weights.
+        """
+        found = dict(network.named_parameters())
+        wrong = [n for n, shape in self.shapes.items() if n not in found or found[n].shape != shape]
+        if wrong:
+            raise InputError(
+                f"The posterior is over weights that the network has not, or not of that shape: {wrong[:8]}. Give the "
+                "network that the layout is of."
+            )
+        return [found[name] for name in self.shapes]
+
     def split(self, flat: Shaped[Tensor, "*b P"]) -> dict[str, Tensor]:
         """Return views of a flat vector by name, each [*b, *shape]."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()], -1)
@@ -189,13 +204,8 @@ class WeightPosterior:
             InputError: if num_samples is no whole number ≥ 1, or the network has not these weights.
         """
         check_count("num_samples", num_samples, 1)
-        parameters, out = self.parameters_of(network), []
-        for _ in range(num_samples):
-            weights = self.layout.split(self.sample(1, generator=generator)[0])
-            state = {n: w.to(p.dtype) for (n, w), p in zip(weights.items(), parameters, strict=True)}
-            state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
-            out.append(functional_call(network, state, (x,)))
-        return torch.stack(out)
+        draws = (self.sample(1, generator=generator)[0] for _ in range(num_samples))
+        return torch.stack([network_at(self.layout, network, theta, x) for theta in draws])
 
     @torch.no_grad()
     def load_mean_into(self, network: nn.Module) -> None:
@@ -276,19 +286,21 @@ class WeightPosterior:
         return WeightPosterior(self.layout, site, prior_mean=mean, prior_precision=precision)
 
     def parameters_of(self, network: nn.Module) -> list[nn.Parameter]:
-        """Return the network's parameters that this is over, in the order of the layout.
+        """Return the network's parameters that this is over. Errors as in `WeightLayout.parameters_of`."""
+        return self.layout.parameters_of(network)
 
-        Raises:
-            InputError: if the network has not these weights.
-        """
-        found = dict(network.named_parameters())
-        wrong = [n for n, shape in self.layout.shapes.items() if n not in found or found[n].shape != shape]
-        if wrong:
-            raise InputError(
-                f"The posterior is over weights that the network has not, or not of that shape: {wrong[:8]}. Give the "
-                "network that the layout is of."
-            )
-        return [found[name] for name in self.layout.shapes]
+
+@torch.no_grad()
+def network_at(layout: WeightLayout, network: nn.Module, theta: Float[Tensor, "P"], x: Tensor) -> Tensor:
+    """Return what a network says of x at weights θ; its own weights and buffers stay as they are.
+
+    Raises:
+        InputError: if the network has not these weights.
+    """
+    parameters = layout.parameters_of(network)
+    state = {n: w.to(p.dtype) for (n, w), p in zip(layout.split(theta).items(), parameters, strict=True)}
+    state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return functional_call(network, state, (x,))
 
 
 @runtime_checkable

@@ -68,8 +68,19 @@ class FunctionSite:
         return cls(x, predicted_mean(likelihood, memory.f), memory.weights, likelihood)
 
     def term(self) -> Term:
-        """Return −log t(θ) as a function of a network, to add to a loss."""
-        return Term(lambda net: self.weights @ cross_entropy(self.likelihood, self.labels, net(self.x)))
+        """Return −log t(θ) as a function of a network, to add to a loss.
+
+        Raises:
+            InputError: when called, if the network has not as many outputs as there are labels.
+        """
+
+        def of(network: nn.Module) -> Tensor:
+            f = network(self.x)
+            if f.numel() != self.labels.numel():
+                raise InputError(f"Expected outputs for labels {tuple(self.labels.shape)}, got {tuple(f.shape)}.")
+            return self.weights @ cross_entropy(self.likelihood, self.labels.reshape(f.shape), f)
+
+        return Term(of)
 
     def expanded(
         self, network: nn.Module, layout: WeightLayout, structure: Literal["diagonal", "dense"] = "diagonal"

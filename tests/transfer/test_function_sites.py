@@ -192,6 +192,10 @@ def test_what_functions_cannot_do_is_refused():
         FunctionSite.of(linear(), part[0][:1], BERNOULLI, weights=at(0.0))
     with pytest.raises(errors.InputError, match="of as many data"):
         FunctionSite(part[0], at(1.0), at(1.0), BERNOULLI)
+    flat = replace(FunctionSite.of(linear(one), part[0], BERNOULLI), labels=part[1])  # [n] for outputs [n, 1]
+    assert gap(flat.term()(linear(one)), replay(part[0], part[1], BERNOULLI)(linear(one))) < 1e-9
+    with pytest.raises(errors.InputError, match=r"outputs for labels \(114,\), got \(114, 2\)"):
+        flat.term()(nn.Linear(11, 2).double())
     with pytest.raises(errors.InputError, match="a weight for each of 4"):
         network_curvature(linear(), part[0][:4], part[1][:4], BERNOULLI, weights=at(1.0))
 
