@@ -97,6 +97,24 @@ class KroneckerCurvature:
             out += G.to(V) @ V @ A.to(V).mT
         return out.flatten()
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return tensors by name to save: "x.weight.G" and "x.weight.A" of a layer, and diagonals of other weights.
+
+        As `merge_shards` reads them, of curvatures of one set of data.
+
+        Raises:
+            InputError: if a layer has several products, weights with factors a diagonal besides, or a bias not the name
+                of its weight.
+        """
+        rest = self.layout.split(self.rest)
+        found: dict[str, Tensor] = {}
+        for names, terms in self.terms.items():
+            named = len(names) == 1 or names[1] == names[0].removesuffix("weight") + "bias"
+            if len(terms) != 1 or not named or any(bool(rest.pop(name).any()) for name in names):
+                raise InputError(f"Layer {names} is not one product G ⊗ A for an x.weight, with x.bias or without.")
+            found |= {f"{names[0]}.{side}": factor.contiguous() for side, factor in zip("GA", terms[0], strict=True)}
+        return found | {name: values.clone() for name, values in rest.items()}
+
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return B itself, in float64."""
         B = torch.diag(self.rest.double())

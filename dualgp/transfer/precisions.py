@@ -55,7 +55,9 @@ def layer_precision(layer: str, terms: Terms, diagonal: Float[Tensor, "p"]) -> L
     Raises:
         NotPositiveDefiniteError: if S is not positive definite.
     """
-    terms = tuple((symmetrise(G.double()), symmetrise(A.double())) for G, A in terms)
+    terms = tuple((symmetrise(G.double()), symmetrise(A.double())) for G, A in terms if G.any() and A.any())
+    if not terms:
+        return Diagonal.of(diagonal)
     if len(terms) == 1 and bool((diagonal == diagonal[0]).all()):
         return Eigen.of(layer, *terms[0], diagonal[0])
     if len(diagonal) <= _DENSE:
