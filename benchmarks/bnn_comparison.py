@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from classifiers import auroc, entropy, mean_se, scores
+from classifiers import auroc, brier, entropy, mean_se, scores
 from gpytorch.likelihoods import SoftmaxLikelihood
 from peers import SMOKE, table
 from sklearn.datasets import load_digits
@@ -213,9 +213,8 @@ def main() -> None:
         for name, seconds, predict in methods(data, seed):
             log_p = predict(X_test)
             nll, accuracy, ece = scores(log_p, y_test)
-            gap = log_p.exp() - nn.functional.one_hot(y_test, C)
             out = auroc(entropy(predict(X_out)), entropy(log_p))
-            row = (100 * accuracy, nll, ece, float(gap.square().sum(-1).mean()), out, seconds)
+            row = (100 * accuracy, nll, ece, brier(log_p, y_test), out, seconds)
             found.setdefault(name, []).append(row)
             print(f"# {seed} {name}: {[round(v, 4) for v in row]}", flush=True)
     rows = []
