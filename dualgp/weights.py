@@ -22,6 +22,7 @@ from dualgp.linalg import logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 
 Number: TypeAlias = float | int
+_ASYMMETRY = 1e-3  # relative: beyond what rounding in half precision leaves
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class WeightPosterior:
         prior_precision: S₀, absolute, on losses that are sums over data: a number, [P], or a dense [P, P].
 
     Raises:
-        InputError: if shapes do not fit, or a value is not finite.
+        InputError: if shapes do not fit, a value is not finite, or a dense precision is not symmetric.
         NotPositiveDefiniteError: if S is not positive definite; the message has the smallest eigenvalue.
 
     Source: Khan & Rue 2023 (the Bayesian learning rule), § 1.3. Coordinates are the weights themselves and not
@@ -150,6 +151,10 @@ class WeightPosterior:
         if not all(bool(part.isfinite().all()) for part in parts):
             raise InputError("A prior or a site of the weights is not finite: look for a diverged run or a bad file.")
         S = self.prior_precision if site is None else add_precisions(self.prior_precision, site.B)
+        if S.ndim == 2 and bool((S - S.mT).abs().max() > _ASYMMETRY * S.abs().max()):
+            raise InputError(
+                f"A dense precision must be symmetric; this one is off by {float((S - S.mT).abs().max()):.3g}."
+            )
         self.precision = S  # [P] or [P, P]
         self._chol = precision_cholesky(S.double()) if S.ndim == 2 else None
         if S.ndim == 1 and not bool((S > 0).all()):

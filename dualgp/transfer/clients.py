@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dualgp.errors import InputError
+from dualgp.errors import BasisMismatchError, InputError
 from dualgp.sites import WeightSite, apply_precision
 from dualgp.transfer.functions import FunctionSite
 from dualgp.transfer.merging import loss_gradient
@@ -59,7 +59,7 @@ class ClientTask:
         return with_functions(quadratic(self.cavity), self.others)
 
     def reply(self, mean: Float[Tensor, "P"], curvature: Tensor | None = None) -> Reply:
-        """Return the answer of a maximum a posteriori fit: λ = (S + B)w_k − S m, which is Bw_k − ∇ℓ_k(w_k).
+        """Return the answer of a maximum a posteriori fit: λ = Bw_k − ∇ℓ_k(w_k), with ∇ℓ_k = −penalty · S(w_k − m).
 
         Args:
             mean: w_k, the minimiser of the client's loss plus `term`.
@@ -68,6 +68,7 @@ class ClientTask:
         Raises:
             InputError: if a curvature is given to "fedlap", missing otherwise, a value is not finite, or other clients
                 have sites of functions (see `reply_functions`).
+            BasisMismatchError: if there are not as many weights.
         """
         if self.others:
             raise InputError("Other clients have sites of functions, whose gradients need a network: reply_functions.")
@@ -86,8 +87,10 @@ class ClientTask:
             curvature: B, of the data that are *not* among the inputs, [P] or [P, P]: all would count these twice.
 
         Raises:
-            InputError: as `reply`, or if the network has not these weights.
+            InputError: as `reply`; if the network has not these weights, or the method is "bayes-admm".
         """
+        if self.method == "bayes-admm":
+            raise InputError('"bayes-admm" has no sites of functions: use "fedlap" or "fedlap-cov".')
         with torch.no_grad():
             mean = flat_weights(network, self.cavity.layout).clone()
         site, layout = self._expanded(mean, curvature), self.cavity.layout
@@ -101,8 +104,15 @@ class ClientTask:
         if (curvature is None) != (self.method == "fedlap"):
             what = "no curvature: its sites are linear" if self.method == "fedlap" else "the curvature of the loss"
             raise InputError(f'A reply of "{self.method}" has {what}; use network_curvature or leave it out.')
+        P = self.cavity.layout.size
         B = torch.zeros_like(mean) if curvature is None else curvature
-        return WeightSite(apply_precision(self.cavity.precision, mean - self.cavity.mean) + apply_precision(B, mean), B)
+        if mean.shape != (P,) or B.shape not in ((P,), (P, P)):
+            raise BasisMismatchError(
+                f"The model has {P} weights; client {self.client!r} has a mean of {tuple(mean.shape)} and a curvature "
+                f"of {tuple(B.shape)}."
+            )
+        gradient = -self.penalty * apply_precision(self.cavity.precision, mean - self.cavity.mean)  # ∇ℓ_k(w_k)
+        return WeightSite(apply_precision(B, mean) - gradient, B)
 
     def reply_posterior(self, q: WeightPosterior) -> Reply:
         """Return the answer of a variational fit with the cavity as its prior: the site q_k / cavity.
@@ -116,6 +126,8 @@ class ClientTask:
         """
         if self.method == "fedlap":
             raise InputError('A reply of "fedlap" is a mean: use reply(mean), or another method.')
+        if not isinstance(q, WeightPosterior):
+            raise BasisMismatchError(f"The server's sites are diagonal or dense, not those of a {type(q).__name__}.")
         check_layouts([self.cavity, q])
         site = WeightSite(apply_precision(q.precision, q.mean), q.precision) - _natural(self.cavity)
         return self._checked(site * self.penalty)

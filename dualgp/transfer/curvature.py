@@ -62,9 +62,9 @@ def network_curvature(
     """
     if structure not in ("diagonal", "dense") or kind not in ("ggn", "empirical"):
         raise InputError(f'Expected "diagonal" or "dense" and "ggn" or "empirical", got {structure!r} and {kind!r}.')
-    if weights is not None and weights.shape != (len(x),):
-        raise InputError(f"Expected a weight for each of {len(x)} data, got {tuple(weights.shape)}.")
-    jacobian = _jacobian(network, x)
+    if weights is not None and not (weights.shape == (len(x),) and bool(((weights >= 0) & weights.isfinite()).all())):
+        raise InputError(f"Expected a weight for each of {len(x)} data, finite and ≥ 0, got {tuple(weights.shape)}.")
+    jacobian = _jacobian(network, x, y)
     P = jacobian.num_params
     total = torch.zeros((P,) if structure == "diagonal" else (P, P), dtype=torch.float64, device=jacobian.device)
     step = max(1, _NUMBERS // (P * jacobian.num_outputs))
@@ -104,7 +104,7 @@ def kronecker_curvature(network: nn.Module, x: Tensor, y: Tensor, likelihood: Li
         tensor([[5., 3.],
                 [3., 2.]], dtype=torch.float64)
     """
-    jacobian = _jacobian(network, x)
+    jacobian = _jacobian(network, x, y)
     layout = WeightLayout(dict(zip(jacobian.names, jacobian.shapes, strict=True)))
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     counts: dict[tuple[str, ...], int] = {}
@@ -146,7 +146,9 @@ def _alpha(sites: Sites, block: JacobianBlock) -> Tensor:
     return sites.alpha(f.reshape(sites.lam.shape)).reshape(f.shape)
 
 
-def _jacobian(network: nn.Module, x: Tensor) -> NetworkJacobian:
+def _jacobian(network: nn.Module, x: Tensor, y: Tensor) -> NetworkJacobian:
+    if len(x) != len(y):
+        raise InputError(f"Expected a target for each of {len(x)} data, got {len(y)}.")
     if len(x) < 2:
         raise InputError(f"Expected two data or more, got {len(x)}.")
     return NetworkJacobian(network, x[:3])

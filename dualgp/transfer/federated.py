@@ -91,6 +91,20 @@ class FederatedServer:
     moves: tuple[float, ...] = field(default=(), repr=False)
     functions: Mapping[str, FunctionSite] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        K, rho, penalty = len(self.sites), self.rho, self.penalty
+        if self.prior.site is not None:
+            raise InputError("The prior has a site: say with prior.as_prior() that what it has seen counts as prior.")
+        if self.method == "fedlap" and K > 1 and rho >= 2.0 / K:
+            raise InputError(
+                f'"fedlap" with {K} clients diverges from a step of 2/K = {2.0 / K:.3g} on, got ρ = {rho:g}; take '
+                f'1/K = {1.0 / K:.3g}, or "fedlap-cov", which needs fewer rounds.'
+            )
+        if not 0 < rho <= 1 or not 0 < penalty < math.inf or (penalty != 1 and self.method != "bayes-admm"):
+            raise InputError(
+                f'Expected 0 < ρ ≤ 1, and a penalty > 0 for "bayes-admm" alone, got {rho:g} and {penalty:g}.'
+            )
+
     @classmethod
     def start(
         cls,
@@ -106,22 +120,14 @@ class FederatedServer:
         names = list(clients)
         if not names or len(set(names)) != len(names):
             raise InputError(f"Expected the names of one client or more, all different, got {names[:8]}.")
-        if method not in get_args(FederatedMethod):
-            raise InputError(f"method must be one of {get_args(FederatedMethod)}, got {method!r}.")
-        if prior.site is not None:
-            raise InputError("The prior has a site: say with prior.as_prior() that what it has seen counts as prior.")
+        if method not in get_args(FederatedMethod) or structure not in ("diagonal", "dense"):
+            raise InputError(
+                f'method is one of {get_args(FederatedMethod)} and structure "diagonal" or "dense", got {method!r} and '
+                f"{structure!r}."
+            )
         K = len(names)
         stable = {"fedlap": 1.0 / K, "fedlap-cov": 1.0 if structure == "dense" else 0.5, "bayes-admm": 1.0}
         step = stable[method] if rho is None else float(rho)
-        if method == "fedlap" and K > 1 and step >= 2.0 / K:
-            raise InputError(
-                f'"fedlap" with {K} clients diverges from a step of 2/K = {2.0 / K:.3g} on, got ρ = {step:g}; take '
-                f'1/K = {1.0 / K:.3g}, or "fedlap-cov", which needs fewer rounds.'
-            )
-        if not 0 < step <= 1 or not 0 < penalty < math.inf or (penalty != 1 and method != "bayes-admm"):
-            raise InputError(
-                f'Expected 0 < ρ ≤ 1, and a penalty > 0 for "bayes-admm" alone, got {step:g} and {penalty:g}.'
-            )
         return cls(prior, dict.fromkeys(names), method, step, float(penalty))
 
     @property
@@ -198,6 +204,10 @@ class FederatedServer:
         """
         sites, functions, stale, seen = dict(self.sites), dict(self.functions), [], set()
         for reply in replies:
+            if not isinstance(reply, Reply):
+                raise InputError(
+                    f"Expected replies, got {type(reply).__name__}; leave out clients that did not answer."
+                )
             self._check_client(reply.client)
             if reply.round != self.round:
                 stale.append(reply.client)
@@ -220,6 +230,8 @@ class FederatedServer:
             raise BasisMismatchError(
                 f"The model has {self.prior.layout.size} weights, the site of {reply.client!r} {len(new.lam)}."
             )
+        if self.method == "fedlap" and bool(new.B.any()):
+            raise InputError(f'The site of {reply.client!r} has a curvature, and those of "fedlap" are linear.')
         if not bool(new.lam.isfinite().all() and new.B.isfinite().all()):
             raise InputError(f"The site of client {reply.client!r} is not finite: its fit has diverged.")
         damped = new * self.rho

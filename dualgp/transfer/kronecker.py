@@ -29,7 +29,7 @@ class KroneckerCurvature:
         rest: a diagonal besides, [P]: for weights without factors.
 
     Raises:
-        InputError: if factors do not fit the shapes of the layout.
+        InputError: if factors do not fit the shapes of the layout, a weight is in two layers, or a value is not finite.
     """
 
     layout: WeightLayout
@@ -37,6 +37,11 @@ class KroneckerCurvature:
     rest: Tensor
 
     def __post_init__(self) -> None:
+        flat = [name for names in self.terms for name in names]
+        if len(set(flat)) < len(flat):
+            raise InputError(
+                f"A weight is of one layer, got {sorted(n for n in set(flat) if flat.count(n) > 1)} in two."
+            )
         for names, terms in self.terms.items():
             n_out, n_in = self._sides(names)
             for G, A in terms:
@@ -47,9 +52,14 @@ class KroneckerCurvature:
                     )
         if self.rest.shape != (self.layout.size,):
             raise InputError(f"Expected a diagonal of {self.layout.size}, got {tuple(self.rest.shape)}.")
+        values = [self.rest, *(factor for terms in self.terms.values() for term in terms for factor in term)]
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise InputError("A curvature is not finite: look for a diverged run or a bad file.")
 
     def _sides(self, names: Names) -> tuple[int, int]:
         unknown = [n for n in names if n not in self.layout.shapes]
+        if not unknown and len(names) == 2 and self.layout.shapes[names[1]] != self.layout.shapes[names[0]][:1]:
+            raise InputError(f"{names[1]!r} is no bias of {names[0]!r}: it has {self.layout.shapes[names[1]]} numbers.")
         if unknown or len(names) not in (1, 2) or len(self.layout.shapes[names[0]]) < 1:
             raise InputError(f"A layer is (weight,) or (weight, bias) of the layout, got {names}.")
         shape = self.layout.shapes[names[0]]
@@ -131,6 +141,8 @@ class KroneckerSite:
     B: KroneckerCurvature
 
     def __add__(self, other: KroneckerSite) -> KroneckerSite:
+        if not isinstance(other, KroneckerSite):
+            raise BasisMismatchError("Kronecker sites add to their like; use to_dense() of their curvature.")
         return KroneckerSite(self.lam + other.lam, self.B + other.B)
 
     def __sub__(self, other: KroneckerSite) -> KroneckerSite:
@@ -155,7 +167,8 @@ class KroneckerPosterior:
         prior_precision: S₀, a number or [P].
 
     Raises:
-        InputError: if shapes do not fit.
+        InputError: if shapes do not fit, or a value is not finite.
+        BasisMismatchError: if the site is over other weights.
         NotPositiveDefiniteError: if S is not positive definite.
 
     Example:
@@ -174,8 +187,8 @@ class KroneckerPosterior:
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
     ) -> None:
-        given = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
-        like = site.lam if site is not None else next(given, torch.zeros(()))
+        tensors = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
+        like = site.lam if site is not None else next(tensors, torch.zeros(()))
         self.layout, self.site = layout, site
         parts = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (prior_mean, prior_precision)]
         if any(part.shape not in ((), (layout.size,)) for part in parts):
@@ -186,8 +199,15 @@ class KroneckerPosterior:
         self.prior_mean, self.prior_precision = (part.expand(layout.size) for part in parts)
         if site is not None and site.lam.shape != (layout.size,):
             raise BasisMismatchError(f"The layout has {layout.size} weights, the site {tuple(site.lam.shape)}.")
+        if site is not None and list(site.B.layout.shapes.items()) != list(layout.shapes.items()):
+            raise BasisMismatchError("The curvature is of another network than the layout.")
+        given = (self.prior_mean, self.prior_precision, *(() if site is None else (site.lam,)))
+        if not all(bool(part.isfinite().all()) for part in given):
+            raise InputError("A prior or a site of the weights is not finite: look for a diverged run or a bad file.")
         self.mean = self.prior_mean
-        if site is not None:  # S(m − m₀) = λ − Bm₀
+        if site is None:
+            Diagonal.of(self.prior_precision.double())  # raises unless it is positive
+        else:  # S(m − m₀) = λ − Bm₀
             self.mean = self.prior_mean + self.solve(site.lam - site.B @ self.prior_mean)
 
     @classmethod
@@ -198,9 +218,15 @@ class KroneckerPosterior:
 
         Raises:
             InputError: if the base is dense.
+            BasisMismatchError: if there are not as many weights.
         """
         if base.structure != "diagonal":
             raise InputError("A Kronecker posterior has a diagonal base; with a dense one use fine_tuned and to_dense.")
+        if mean.shape != (base.layout.size,) or curvature.layout.size != base.layout.size:
+            raise BasisMismatchError(
+                f"The base has {base.layout.size} weights, the model {tuple(mean.shape)} and its curvature "
+                f"{curvature.layout.size}."
+            )
         lam = base.precision * (mean - base.mean) + curvature @ mean
         prior = {"prior_mean": base.mean, "prior_precision": base.precision}
         return cls(base.layout, KroneckerSite(lam, curvature), **prior)

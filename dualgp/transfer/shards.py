@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,8 +51,8 @@ def merge_shards(
         base_precision: S₀, a number, or a file or folder of diagonals.
 
     Raises:
-        InputError: if a shard is missing or truncated, names, shapes or dtypes differ, a value is not finite, or `out`
-            exists.
+        InputError: if a shard is missing or truncated, names, shapes or dtypes differ, a value is or becomes infinite,
+            or `out` exists.
         NotPositiveDefiniteError: if S is not positive definite.
 
     Source: Daheim et al. 2024, eq. 12, elementwise or layer by layer.
@@ -70,12 +71,18 @@ def merge_shards(
     counts = _numbers("scales", scales, len(models))
     if curvatures is not None and len(curvatures) != len(models):
         raise InputError(f"Expected a curvature for each of {len(models)} models, got {len(curvatures)}.")
+    if curvatures is None and scales is not None:
+        raise InputError("Scales are of curvatures, and there are none: leave them out.")
     target = Path(out)
+    if not target.parent.is_dir():
+        raise InputError(f"There is no folder {target.parent} to write into.")
     if target.exists():
         raise InputError(f"{target} exists; merge into a new place.")
     start, experts = Shards(base), [Shards(m) for m in models]
     precisions = None if curvatures is None else [Shards(c) for c in curvatures]
-    prior = Shards(base_precision) if not isinstance(base_precision, int | float) else float(base_precision)
+    if not isinstance(base_precision, int | float | str | PathLike):
+        raise InputError(f"base_precision is a number or a path, got a {type(base_precision).__name__}.")
+    prior = float(base_precision) if isinstance(base_precision, int | float) else Shards(base_precision)
     _check_alike(start, experts)
     layers = _check_curvatures(start, precisions or [])
     if isinstance(prior, Shards):
@@ -132,13 +139,13 @@ class _Plan:
         if name in self.layers:
             if name not in self.held:
                 self.held.update(self._merged_layer(self.layers[name], file))
-            yield self.held.pop(name).flatten().contiguous().to(tensor.dtype)
+            yield _rounded(name, self.held.pop(name).flatten().contiguous(), tensor.dtype)
             return
         for begin, count in _pieces(tensor.numel):
             piece = read(file(tensor.file), tensor, begin, count)
             if tensor.dtype.is_floating_point:
                 work = torch.float64 if piece.dtype == torch.float64 else torch.float32
-                piece = self._merged(name, file, begin, count, work).to(tensor.dtype)
+                piece = _rounded(name, self._merged(name, file, begin, count, work), tensor.dtype)
             yield piece
 
     def _merged(self, name: str, file: Open, begin: int, count: int, work: torch.dtype) -> Tensor:
@@ -180,6 +187,15 @@ class _Plan:
         if layer.bias is None:
             return {layer.weight: theta}
         return {layer.weight: theta[:, :-1], layer.bias: theta[:, -1]}
+
+
+def _rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
+    found = merged.to(dtype)
+    if not bool(found.isfinite().all()):
+        raise InputError(
+            f"The merged {name!r} is too large for {dtype}: give less weight, or store the base in another."
+        )
+    return found
 
 
 def _pieces(numel: int) -> Iterator[tuple[int, int]]:

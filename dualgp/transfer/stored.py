@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -84,6 +85,8 @@ class Shards:
         try:
             index = json.loads(found[0].read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
+            if not names:
+                raise ValueError("it names no shard")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"The index {found[0]} is damaged: {error}.") from error
         outside = [n for n in names if Path(n).name != n]
@@ -105,11 +108,16 @@ class Shards:
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
                 header = json.loads(f.read(length))
             self.headers[file], self.data_start[file] = header, 8 + length
+            places = sorted(e["data_offsets"] for name, e in header.items() if name != "__metadata__")
+            if any(one[1] > other[0] for one, other in pairwise(places)):
+                raise ValueError("two tensors overlap")
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
                 first, last = entry["data_offsets"]
                 tensor = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
+                if first < 0 or any(side < 0 for side in tensor.shape):
+                    raise ValueError(f"{name!r} has a negative size or place")
                 if last - first != tensor.numel * tensor.dtype.itemsize or 8 + length + last > size:
                     raise ValueError(f"{name!r} ends at byte {8 + length + last} of {size}")
                 if name in self.tensors:

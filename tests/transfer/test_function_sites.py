@@ -119,7 +119,9 @@ def test_without_functions_a_reply_is_that_of_fedlap_cov():
     assert gap(plain.site.B, other.site.B) == 0
 
 
-@pytest.mark.parametrize(("structure", "published", "count"), [("dense", 2, 5), ("diagonal", 23, 16)])
+@pytest.mark.parametrize(
+    ("structure", "published", "count"), [("dense", 2, 5), pytest.param("diagonal", 23, 16, marks=pytest.mark.slow)]
+)
 def test_some_data_as_functions_end_at_the_joint_solution_and_no_later(structure, published, count):
     """Every third datum is a function; without any, so many rounds to one per cent are published."""
     parts = clients()
@@ -186,7 +188,7 @@ def test_what_functions_cannot_do_is_refused():
         then.task("1").reply(one, one)
     with pytest.raises(errors.InputError, match="has not the weights"):
         then.task("1").reply_functions(nn.Linear(3, 1), None, one)
-    with pytest.raises(errors.InputError, match="Soft labels must be finite"):
+    with pytest.raises(errors.InputError, match="has finite outputs"):
         FunctionSite.of(linear(one * torch.nan), part[0], BERNOULLI)
     with pytest.raises(errors.InputError, match="weights positive"):
         FunctionSite.of(linear(), part[0][:1], BERNOULLI, weights=at(0.0))
