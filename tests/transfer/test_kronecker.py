@@ -41,7 +41,7 @@ def of(way: str, monkeypatch: pytest.MonkeyPatch) -> KroneckerPosterior:
     """A posterior whose layers are worked on in this way."""
     if way == "iterative":
         monkeypatch.setattr("dualgp.transfer.precisions._DENSE", 1)
-    q = fitted(range(1), 2.0)[0] if way == "eigenvectors" else merge(fitted(range(3), 2.0), (1.0, 0.5, 2.0))
+    q = fitted(range(1), 0.1)[0] if way == "eigenvectors" else merge(fitted(range(3), 0.1), (1.0, 0.5, 2.0))
     for _, where, terms in q.site.B.layers():
         assert type(layer_precision("", terms, q.prior_precision[where])) is WAYS[way]
     return q
@@ -65,6 +65,7 @@ def test_draws_have_the_covariance_of_the_dense_posterior(way, count, monkeypatc
     expected = P * (P + 1) / count
     found = float((z.mT @ z / count - torch.eye(P, dtype=F64)).square().sum())
     assert abs(found / expected - 1) < 0.2  # its standard deviation is some 2/P
+    assert abs(float(z.square().mean()) - 1) < 6 * math.sqrt(2 / (count * P))
     assert count * float(z.mean(0).square().sum()) < P + 6 * math.sqrt(2 * P)
     assert torch.equal(draws, q.sample(count, generator=torch.Generator().manual_seed(0)))
 
