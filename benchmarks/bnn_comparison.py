@@ -2,9 +2,10 @@
 
 Digits 0 to 7 in their first ten principal components, 600 to train, the others to test; digits 8 and 9 are out of
 distribution. A network 10-16-8 (tanh, 312 weights) under the prior N(0, I) and the softmax likelihood: every method
-approximates this one posterior, or is an ensemble of its modes. MAP by Adam and L-BFGS. HMC: NUTS of Pyro, which is not
-needed for the rest. Scores: accuracy, NLL, expected calibration error (15 bins), Brier score (of all classes), AUROC of
-predictive entropy, out of distribution against test; CPU seconds of training and posterior, of one thread.
+approximates this one posterior, or is an ensemble of its modes. MAP by Adam and L-BFGS. Variational optimisers: 3000
+steps in batches of 100; 500 draws, as for the sampled Laplace. HMC: NUTS of Pyro, which is not needed for the rest.
+Scores: accuracy, NLL, expected calibration error (15 bins), Brier score (of all classes), AUROC of predictive entropy,
+out of distribution against test; CPU seconds of training and posterior, of one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/bnn_comparison.py
 """
@@ -12,18 +13,23 @@ predictive entropy, out of distribution against test; CPU seconds of training an
 from __future__ import annotations
 
 import argparse
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
-from classifiers import auroc, entropy, mean_se, scores
+from classifiers import auroc, brier, entropy, mean_se, scores
 from gpytorch.likelihoods import SoftmaxLikelihood
 from peers import SMOKE, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dualgp import WeightLayout, WeightPosterior, network_gp
+from dualgp.errors import NumericalWarning
+from dualgp.optim import BSAM, IVON, SampledOptimizer
 from dualgp.transfer import fine_tuned, network_curvature, quadratic, replay, temper
 
 try:
@@ -33,6 +39,13 @@ except ImportError:
 
 F64, C, LIKELIHOOD = torch.float64, 8, SoftmaxLikelihood(num_classes=8, mixing_weights=False)
 DRAWS, WARMUP = (5, 5) if SMOKE else (300, 200)
+STEPS = 20 if SMOKE else 3000
+VARIATIONAL = {  # the step sizes of the least training objective of those tried on seed 0
+    "IVON (variational, diagonal)": partial(
+        IVON, lr=1.0, num_data=600, prior_precision=1.0, init_std=0.1, max_std=math.inf, total_steps=STEPS
+    ),
+    "bSAM": partial(BSAM, lr=0.5, num_data=600, prior_precision=1.0, sam_radius=0.05),
+}
 HEADER = ["method", "accuracy", "NLL", "ECE", "Brier", "OOD AUROC", "CPU s"]
 Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Predict = Callable[[Tensor], Tensor]  # inputs to class log-probabilities
@@ -82,7 +95,7 @@ def trained(net: nn.Module, X: Tensor, y: Tensor, polish: bool = True) -> nn.Mod
 @torch.no_grad()
 def log_mean(outputs: Tensor) -> Tensor:
     """log of the mean over draws [S, n, C] of softmax."""
-    return outputs.log_softmax(-1).logsumexp(0) - float(np.log(len(outputs)))
+    return outputs.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
 
 
 def sampled(q: WeightPosterior, net: nn.Module) -> Predict:
@@ -95,6 +108,26 @@ def mode(net: nn.Module) -> Predict:
             return net(x).log_softmax(-1)
 
     return predict
+
+
+def variational(
+    net: nn.Module, X: Tensor, y: Tensor, make: Callable[..., SampledOptimizer], seed: int
+) -> tuple[nn.Module, WeightPosterior]:
+    """A network trained by a variational optimiser in batches of 100, its step decayed to 0 by a cosine."""
+    optimizer = make(net.named_parameters(), generator=torch.Generator().manual_seed(seed))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    shuffle = torch.Generator().manual_seed(seed)
+    batches = (rows for _ in range(STEPS) for rows in torch.randperm(len(X), generator=shuffle).split(100))
+    for _, rows in zip(range(STEPS), batches, strict=False):
+
+        def closure(rows: Tensor = rows) -> Tensor:
+            loss = nn.functional.cross_entropy(net(X[rows]), y[rows])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        schedule.step()
+    return net, optimizer.posterior()
 
 
 def hmc(X: Tensor, y: Tensor, net: nn.Module, seed: int) -> Predict:
@@ -139,6 +172,10 @@ def methods(data: Data, seed: int) -> Iterator[tuple[str, float, Predict]]:
     spent = fit + clock() - start
     yield "sampled Laplace, full", spent, sampled(q, net)
     yield "sampled Laplace, full, cold T = 1/4", spent, sampled(temper(q, 0.25, "cold"), net)
+    for name, make in VARIATIONAL.items():
+        start = clock()
+        net, q = variational(network(seed), X, y, make, seed)
+        yield name, clock() - start, sampled(q, net)
     start = clock()
     members = [trained(network(100 * seed + i + 1), X, y) for i in range(5)]
     yield "deep ensemble of 5", clock() - start, ensemble(members)
@@ -168,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0] if SMOKE else [0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Weights are drawn", NumericalWarning)  # a small network trains at 0.1
     found: dict[str, list[tuple[float, ...]]] = {}
     for seed in args.seeds:
         data = load(seed)
@@ -175,9 +213,8 @@ def main() -> None:
         for name, seconds, predict in methods(data, seed):
             log_p = predict(X_test)
             nll, accuracy, ece = scores(log_p, y_test)
-            gap = log_p.exp() - nn.functional.one_hot(y_test, C)
             out = auroc(entropy(predict(X_out)), entropy(log_p))
-            row = (100 * accuracy, nll, ece, float(gap.square().sum(-1).mean()), out, seconds)
+            row = (100 * accuracy, nll, ece, brier(log_p, y_test), out, seconds)
             found.setdefault(name, []).append(row)
             print(f"# {seed} {name}: {[round(v, 4) for v in row]}", flush=True)
     rows = []

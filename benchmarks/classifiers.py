@@ -142,6 +142,12 @@ def scores(log_p: Tensor, y: Tensor) -> tuple[float, float, float]:
     return float(nll), float(right.mean()), float(gaps.abs().sum() / len(y))
 
 
+def brier(log_p: Tensor, y: Tensor) -> float:
+    """Return the Brier score, the mean over data of Σ_c (p_c − [c = y])²."""
+    gap = log_p.double().exp() - nn.functional.one_hot(y, log_p.shape[-1])
+    return float(gap.square().sum(-1).mean())
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """Return the entropy [n] of class log-probabilities [n, C]."""
     return -(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1)

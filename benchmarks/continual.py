@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from classifiers import mean_se
+from classifiers import mean_se, scores
 from peers import SMOKE, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -144,9 +144,10 @@ def run(seed: int) -> dict[str, tuple[float, float]]:
     found = {}
     for name, net in nets.items():
         with torch.no_grad():
-            right = ((net(test[0]) > 0) == (test[1] > 0.5)).double().mean()
+            f = net(test[0])
+            _, accuracy, _ = scores(nn.functional.logsigmoid(torch.cat([-f, f], -1)), test[1].long().flatten())
         gap = (weights(net) - weights(batch)).norm() / weights(batch).norm()
-        found[name] = (100 * float(right), float(gap))
+        found[name] = (100 * accuracy, float(gap))
     print(f"# {seed}: {found}", flush=True)
     return found
 

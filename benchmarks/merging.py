@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from classifiers import arguments, mean_se
+from classifiers import arguments, mean_se, scores
 from gpytorch.likelihoods import SoftmaxLikelihood
 from peers import SMOKE, table
 from sklearn.datasets import load_digits
@@ -99,7 +99,7 @@ def run(seed: int) -> dict[str, tuple[float, float, float]]:
     diagonal = [fine_tuned(slim, m, curvature(task, m, "diagonal")) for task, m in pairs]
     kron = [KroneckerPosterior.fine_tuned(slim, m, kronecker_curvature(linear(m), *t, LIKELIHOOD)) for t, m in pairs]
     grid = [0.05 * i for i in range(4, 41)]
-    best = min((nll(d.test, task_arithmetic(full, [a] * 3)), a) for a in grid)[1]
+    best = min((tested(d.test, task_arithmetic(full, [a] * 3))[0], a) for a in grid)[1]
     models = {
         "base": theta0,
         "average": average(full),
@@ -115,20 +115,18 @@ def run(seed: int) -> dict[str, tuple[float, float, float]]:
     found = {}
     for name, theta in models.items():
         mismatch = gradient_mismatch(linear(theta), theta, everything, [prior])
-        found[name] = (accuracy(d.test, theta), nll(d.test, theta), mismatch.joint)
+        nll, accuracy = tested(d.test, theta)
+        found[name] = (accuracy, nll, mismatch.joint)
         print(f"# {seed} {name}: {found[name]}", flush=True)
     print(f"# {seed} best α = {best:.2f}", flush=True)
     return found
 
 
 @torch.no_grad()
-def nll(data: Pair, theta: Tensor) -> float:
-    return float(nn.functional.cross_entropy(linear(theta)(data[0]), data[1]))
-
-
-@torch.no_grad()
-def accuracy(data: Pair, theta: Tensor) -> float:
-    return 100 * float((linear(theta)(data[0]).argmax(-1) == data[1]).double().mean())
+def tested(data: Pair, theta: Tensor) -> tuple[float, float]:
+    """NLL and accuracy in per cent."""
+    nll, accuracy, _ = scores(linear(theta)(data[0]).log_softmax(-1), data[1])
+    return nll, 100 * accuracy
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from dualgp.linalg import logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 
 Number: TypeAlias = float | int
+_ASYMMETRY = 1e-3  # relative: beyond what rounding in half precision leaves
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ class WeightLayout:
         """P, the number of weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
+    def parameters_of(self, network: nn.Module) -> list[nn.Parameter]:
+        """Return the network's parameters that this is of, in order.
+
+        Raises:
+            InputError: if the network has not these weights.
+        """
+        found = dict(network.named_parameters())
+        wrong = [n for n, shape in self.shapes.items() if n not in found or found[n].shape != shape]
+        if wrong:
+            raise InputError(
+                f"The posterior is over weights that the network has not, or not of that shape: {wrong[:8]}. Give the "
+                "network that the layout is of."
+            )
+        return [found[name] for name in self.shapes]
+
     def split(self, flat: Shaped[Tensor, "*b P"]) -> dict[str, Tensor]:
         """Return views of a flat vector by name, each [*b, *shape]."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()], -1)
@@ -96,7 +112,7 @@ class WeightPosterior:
         prior_precision: S₀, absolute, on losses that are sums over data: a number, [P], or a dense [P, P].
 
     Raises:
-        InputError: if shapes do not fit, or a value is not finite.
+        InputError: if shapes do not fit, a value is not finite, or a dense precision is not symmetric.
         NotPositiveDefiniteError: if S is not positive definite; the message has the smallest eigenvalue.
 
     Source: Khan & Rue 2023 (the Bayesian learning rule), § 1.3. Coordinates are the weights themselves and not
@@ -135,6 +151,10 @@ class WeightPosterior:
         if not all(bool(part.isfinite().all()) for part in parts):
             raise InputError("A prior or a site of the weights is not finite: look for a diverged run or a bad file.")
         S = self.prior_precision if site is None else add_precisions(self.prior_precision, site.B)
+        if S.ndim == 2 and bool((S - S.mT).abs().max() > _ASYMMETRY * S.abs().max()):
+            raise InputError(
+                f"A dense precision must be symmetric; this one is off by {float((S - S.mT).abs().max()):.3g}."
+            )
         self.precision = S  # [P] or [P, P]
         self._chol = precision_cholesky(S.double()) if S.ndim == 2 else None
         if S.ndim == 1 and not bool((S > 0).all()):
@@ -189,13 +209,8 @@ class WeightPosterior:
             InputError: if num_samples is no whole number ≥ 1, or the network has not these weights.
         """
         check_count("num_samples", num_samples, 1)
-        parameters, out = self.parameters_of(network), []
-        for _ in range(num_samples):
-            weights = self.layout.split(self.sample(1, generator=generator)[0])
-            state = {n: w.to(p.dtype) for (n, w), p in zip(weights.items(), parameters, strict=True)}
-            state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
-            out.append(functional_call(network, state, (x,)))
-        return torch.stack(out)
+        draws = (self.sample(1, generator=generator)[0] for _ in range(num_samples))
+        return torch.stack([network_at(self.layout, network, theta, x) for theta in draws])
 
     @torch.no_grad()
     def load_mean_into(self, network: nn.Module) -> None:
@@ -276,19 +291,21 @@ class WeightPosterior:
         return WeightPosterior(self.layout, site, prior_mean=mean, prior_precision=precision)
 
     def parameters_of(self, network: nn.Module) -> list[nn.Parameter]:
-        """Return the network's parameters that this is over, in the order of the layout.
+        """Return the network's parameters that this is over. Errors as in `WeightLayout.parameters_of`."""
+        return self.layout.parameters_of(network)
 
-        Raises:
-            InputError: if the network has not these weights.
-        """
-        found = dict(network.named_parameters())
-        wrong = [n for n, shape in self.layout.shapes.items() if n not in found or found[n].shape != shape]
-        if wrong:
-            raise InputError(
-                f"The posterior is over weights that the network has not, or not of that shape: {wrong[:8]}. Give the "
-                "network that the layout is of."
-            )
-        return [found[name] for name in self.layout.shapes]
+
+@torch.no_grad()
+def network_at(layout: WeightLayout, network: nn.Module, theta: Float[Tensor, "P"], x: Tensor) -> Tensor:
+    """Return what a network says of x at weights θ; its own weights and buffers stay as they are.
+
+    Raises:
+        InputError: if the network has not these weights.
+    """
+    parameters = layout.parameters_of(network)
+    state = {n: w.to(p.dtype) for (n, w), p in zip(layout.split(theta).items(), parameters, strict=True)}
+    state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return functional_call(network, state, (x,))
 
 
 @runtime_checkable

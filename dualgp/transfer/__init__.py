@@ -1,8 +1,10 @@
 """Knowledge transfer by the arithmetic of sites: merging, federated, continual, tempered and certified."""
 
+from dualgp.transfer.clients import ClientTask, Reply
 from dualgp.transfer.continual import KPrior, gradient_reconstruction, replay, residuals, soft_labels
 from dualgp.transfer.curvature import kronecker_curvature, network_curvature
-from dualgp.transfer.federated import ClientTask, FederatedServer, Reply
+from dualgp.transfer.federated import FederatedServer
+from dualgp.transfer.functions import FunctionSite
 from dualgp.transfer.kronecker import KroneckerCurvature, KroneckerPosterior, KroneckerSite
 from dualgp.transfer.memory import CompactMemory, MemorySet, compact_memory, select_memory
 from dualgp.transfer.merging import (
@@ -36,6 +38,7 @@ __all__ = [
     "ClientTask",
     "CompactMemory",
     "FederatedServer",
+    "FunctionSite",
     "KPrior",
     "KroneckerCurvature",
     "KroneckerPosterior",

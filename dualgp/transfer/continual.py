@@ -22,13 +22,14 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 
-from dualgp.errors import InputError
+from dualgp.errors import InputError, NotPositiveDefiniteError
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 from dualgp.transfer.curvature import network_curvature
 from dualgp.transfer.memory import MemorySet
 from dualgp.transfer.terms import (
     Term,
     check_canonical,
+    check_targets,
     cross_entropy,
     encoded,
     flat_weights,
@@ -36,6 +37,8 @@ from dualgp.transfer.terms import (
     quadratic,
 )
 from dualgp.weights import Number, WeightLayout, WeightPosterior
+
+_ROUNDING = 1e-4  # relative; a curvature this little below 0 is rounding, of networks in float32
 
 
 def soft_labels(memory: MemorySet, likelihood: Likelihood, temperature: Number = 1.0) -> Term:
@@ -82,16 +85,25 @@ def residuals(memory: MemorySet, likelihood: Likelihood) -> Term:
     """
     if memory.y is None:
         raise InputError("Residuals need the targets of the memory: keep them with MemorySet.of(network, x, y).")
+    check_targets(likelihood, memory.y)
     gap = predicted_mean(likelihood, memory.f) - encoded(likelihood, memory.y, memory.f)
     noise = getattr(likelihood, "noise", torch.ones(1)).detach().to(gap)
     weighted = (gap / noise).reshape(len(memory), -1) * memory.weights.unsqueeze(-1)
-    return Term(lambda net: (net(memory.x).reshape(len(memory), -1) * weighted).sum())
+
+    def of(network: nn.Module) -> Tensor:
+        f = network(memory.x)
+        if f.numel() != weighted.numel():
+            raise InputError(f"Expected outputs as of the memory, {tuple(memory.f.shape)}, got {tuple(f.shape)}.")
+        return (f.reshape(weighted.shape) * weighted).sum()
+
+    return Term(of)
 
 
 def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Number = 1.0) -> Term:
     """Return −Σ wᵢ log p(yᵢ|f(xᵢ)) up to a constant: the loss of the data themselves.
 
     Raises:
+        InputError: if x, y and weights are not of as many data, or a target cannot be of the likelihood.
         UnsupportedError: if the likelihood has no canonical link.
 
     Example:
@@ -101,12 +113,15 @@ def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Numbe
         >>> torch.allclose(loss, nn.functional.cross_entropy(net(x), torch.zeros(5).long(), reduction="sum"))
         True
     """
-    check_canonical(likelihood)
+    check_targets(likelihood, y)
+    w = torch.as_tensor(weights)
+    if len(x) != len(y) or w.numel() not in (1, len(x)):
+        raise InputError(f"Expected as many inputs, targets and weights, got {len(x)}, {len(y)} and {tuple(w.shape)}.")
 
     def of(network: nn.Module) -> Tensor:
         f = network(x)
         values = cross_entropy(likelihood, encoded(likelihood, y, f), f)
-        return (values * weights).sum()
+        return (values * w.flatten().to(values)).sum()
 
     return Term(of)
 
@@ -209,6 +224,10 @@ class KPrior:
             prior_mean: m₀ of its training.
             rest: curvature of the data that are not in memory, [P] or [P, P] (`network_curvature`); None for none.
             weights: how many data each input stands for.
+
+        Raises:
+            InputError: if shapes do not fit, or a value is not finite.
+            NotPositiveDefiniteError: if S₀ + B is not positive definite.
         """
         layout = WeightLayout.of(network)
         theta = flat_weights(network, layout).detach()
@@ -218,13 +237,15 @@ class KPrior:
             prior_precision=torch.as_tensor(prior_precision).to(theta),
         )
         B = torch.zeros_like(theta) if rest is None else rest.to(theta)
+        if B.shape not in ((len(theta),), (len(theta), len(theta))):
+            raise InputError(f"The network has {len(theta)} weights, the curvature of the rest is {tuple(B.shape)}.")
         S = add_precisions(prior.prior_precision, B)
         lam = apply_precision(S, theta) - apply_precision(prior.prior_precision, prior.prior_mean)
         return cls(prior.add(WeightSite(lam, B)), MemorySet.of(network, x, weights=weights), likelihood)
 
     def term(self) -> Term:
         """Return K(w)."""
-        return soft_labels(self.memory, self.likelihood) + quadratic(self.posterior)
+        return quadratic(self.posterior) + soft_labels(self.memory, self.likelihood)
 
     def add_data(self, x: Tensor, y: Tensor) -> Term:
         """Return K(w) + ℓ(w; x, y): the loss with new data."""
@@ -257,6 +278,13 @@ class KPrior:
         y = torch.zeros(f.shape[:-1] if type(self.likelihood) is SoftmaxLikelihood else f.shape)  # B sees no labels
         structure: Literal["diagonal", "dense"] = "dense" if q.structure == "dense" else "diagonal"
         B = network_curvature(network, x, y, self.likelihood, structure).to(q.mean)
+        left = add_precisions(site.B, -B)
+        smallest = float(left.min() if left.ndim == 1 else torch.linalg.eigvalsh(left.double())[0])
+        if smallest < -_ROUNDING * float(site.B.abs().max()):
+            raise NotPositiveDefiniteError(
+                f"These data were no part of the quadratic: it would be left with an eigenvalue {smallest:.3g}. Give "
+                "the K-prior the curvature of all data that are not in memory (rest=)."
+            )
         return replace(moved, posterior=q.remove(WeightSite(apply_precision(B, q.mean), B)))
 
     def change_prior(self, prior: WeightPosterior) -> Term:

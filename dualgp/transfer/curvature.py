@@ -30,6 +30,7 @@ def network_curvature(
     structure: Literal["diagonal", "dense"] = "diagonal",
     *,
     kind: CurvatureKind = "ggn",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the curvature of −Σ log p(yᵢ|f(xᵢ; θ)) at the network's weights, [P] or [P, P], in float64.
 
@@ -44,6 +45,7 @@ def network_curvature(
         likelihood: a GPyTorch likelihood, as for `laplace_sites`.
         structure: "diagonal" or "dense".
         kind: "ggn" or "empirical".
+        weights: how many data each datum stands for, [n]; 1 if None.
 
     Raises:
         InputError: if an argument is unknown, or data do not fit.
@@ -60,7 +62,9 @@ def network_curvature(
     """
     if structure not in ("diagonal", "dense") or kind not in ("ggn", "empirical"):
         raise InputError(f'Expected "diagonal" or "dense" and "ggn" or "empirical", got {structure!r} and {kind!r}.')
-    jacobian = _jacobian(network, x)
+    if weights is not None and not (weights.shape == (len(x),) and bool(((weights >= 0) & weights.isfinite()).all())):
+        raise InputError(f"Expected a weight for each of {len(x)} data, finite and ≥ 0, got {tuple(weights.shape)}.")
+    jacobian = _jacobian(network, x, y)
     P = jacobian.num_params
     total = torch.zeros((P,) if structure == "diagonal" else (P, P), dtype=torch.float64, device=jacobian.device)
     step = max(1, _NUMBERS // (P * jacobian.num_outputs))
@@ -70,10 +74,14 @@ def network_curvature(
             sites = laplace_sites(likelihood, y[rows][start : start + step], block.f)
             jac = block.dense().double()  # [n, C, P]
             if kind == "empirical":
-                vectors, weights = torch.einsum("ncp,nc->np", jac, _alpha(sites, block)), torch.ones(1).double()
+                vectors = torch.einsum("ncp,nc->np", jac, _alpha(sites, block))
+                scale = vectors.new_ones(len(vectors))
             else:
-                vectors, weights = _rotated(jac, sites)
-            weighted = vectors * weights.unsqueeze(-1)
+                vectors, scale = _rotated(jac, sites)
+            if weights is not None:
+                w = weights[rows][start : start + step].to(scale)
+                scale = scale * w.repeat_interleave(len(scale) // len(w))
+            weighted = vectors * scale.unsqueeze(-1)
             total += (weighted * vectors).sum(0) if structure == "diagonal" else weighted.mT @ vectors
     return total if structure == "diagonal" else symmetrise(total)
 
@@ -96,7 +104,7 @@ def kronecker_curvature(network: nn.Module, x: Tensor, y: Tensor, likelihood: Li
         tensor([[5., 3.],
                 [3., 2.]], dtype=torch.float64)
     """
-    jacobian = _jacobian(network, x)
+    jacobian = _jacobian(network, x, y)
     layout = WeightLayout(dict(zip(jacobian.names, jacobian.shapes, strict=True)))
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     counts: dict[tuple[str, ...], int] = {}
@@ -138,7 +146,9 @@ def _alpha(sites: Sites, block: JacobianBlock) -> Tensor:
     return sites.alpha(f.reshape(sites.lam.shape)).reshape(f.shape)
 
 
-def _jacobian(network: nn.Module, x: Tensor) -> NetworkJacobian:
+def _jacobian(network: nn.Module, x: Tensor, y: Tensor) -> NetworkJacobian:
+    if len(x) != len(y):
+        raise InputError(f"Expected a target for each of {len(x)} data, got {len(y)}.")
     if len(x) < 2:
         raise InputError(f"Expected two data or more, got {len(x)}.")
     return NetworkJacobian(network, x[:3])

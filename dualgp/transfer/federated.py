@@ -11,6 +11,11 @@ point every site is the expansion of its client's loss at the joint solution, so
 | "fedlap-cov", dense | (λ_k, H_k) | MAP and curvature | 1 |
 | "bayes-admm" | q_k / cavity | a posterior: IVON, exact VI | 1 |
 
+FedLap-Func is either of the first two with a `FunctionSite` beside a client's Gaussian one: what its network says at a
+few inputs, so that (λ_k, B_k) stand for the rest of its loss alone. With all its data among them nothing is left to
+expand, and one round is joint for a generalised linear model. The product is no Gaussian, and the server's mean is the
+minimiser of `FederatedServer.term`, by any optimiser.
+
 Means, curvatures and sites are those of sums over a client's data.
 """
 
@@ -21,93 +26,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import nn
 
 from dualgp.errors import BasisMismatchError, DivergenceError, InputError, NotPositiveDefiniteError
 from dualgp.sites import WeightSite, apply_precision
+from dualgp.transfer.clients import ClientTask, Reply, with_functions
+from dualgp.transfer.functions import FunctionSite
 from dualgp.transfer.terms import Term, quadratic
-from dualgp.weights import Number, WeightPosterior, check_layouts
+from dualgp.weights import Number, WeightPosterior
 
 FederatedMethod: TypeAlias = Literal["fedlap", "fedlap-cov", "bayes-admm"]
 _GROWN, _PATIENCE = 2.0, 5  # steps so many times the smallest one, for so many rounds, come of a schedule that diverges
-
-
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """A client's answer: its new site, of which round.
-
-    Attributes:
-        client: its name.
-        round: the round of the task that it answers.
-        site: the site of its own data, not damped.
-    """
-
-    client: str
-    round: int
-    site: WeightSite
-
-
-@dataclass(frozen=True, eq=False)
-class ClientTask:
-    """What a client is given: the cavity q / t_k, a prior that knows of all data but its own.
-
-    Attributes:
-        client: its name.
-        round: the round that its reply belongs to.
-        cavity: N(m, S⁻¹) of the others and the prior; with a penalty, q / t_k^{1/penalty}.
-        method: of the server.
-        penalty: 1, or ADMM's: the client's loss counts 1/penalty times in its fit.
-    """
-
-    client: str
-    round: int
-    cavity: WeightPosterior
-    method: str
-    penalty: float = 1.0
-
-    def term(self) -> Term:
-        """Return ½(θ − m)ᵀS(θ − m): add it to 1/penalty times the sum of the client's losses, and minimise."""
-        return quadratic(self.cavity)
-
-    def reply(self, mean: Float[Tensor, "P"], curvature: Tensor | None = None) -> Reply:
-        """Return the answer of a maximum a posteriori fit: λ = (S + B)w_k − S m, which is Bw_k − ∇ℓ_k(w_k).
-
-        Args:
-            mean: w_k, the minimiser of the client's loss plus `term`.
-            curvature: B, of the client's loss there, [P] or [P, P]; not for "fedlap".
-
-        Raises:
-            InputError: if a curvature is given to "fedlap", missing otherwise, or a value is not finite.
-        """
-        if (curvature is None) != (self.method == "fedlap"):
-            what = "no curvature: its sites are linear" if self.method == "fedlap" else "the curvature of the loss"
-            raise InputError(f'A reply of "{self.method}" has {what}; use network_curvature or leave it out.')
-        B = torch.zeros_like(mean) if curvature is None else curvature
-        lam = apply_precision(self.cavity.precision, mean - self.cavity.mean) + apply_precision(B, mean)
-        return self._checked(WeightSite(lam, B))
-
-    def reply_posterior(self, q: WeightPosterior) -> Reply:
-        """Return the answer of a variational fit with the cavity as its prior: the site q_k / cavity.
-
-        Args:
-            q: minimises E_q[ℓ_k]/penalty + KL(q ‖ cavity), for instance the posterior of an IVON run.
-
-        Raises:
-            InputError: if the method has no posteriors, or a value is not finite.
-            BasisMismatchError: if q is over other weights.
-        """
-        if self.method == "fedlap":
-            raise InputError('A reply of "fedlap" is a mean: use reply(mean), or another method.')
-        check_layouts([self.cavity, q])
-        site = WeightSite(apply_precision(q.precision, q.mean), q.precision) - _natural(self.cavity)
-        return self._checked(site * self.penalty)
-
-    def _checked(self, site: WeightSite) -> Reply:
-        if not bool(site.lam.isfinite().all() and site.B.isfinite().all()):
-            raise InputError(f"The site of client {self.client!r} is not finite: its fit has diverged.")
-        return Reply(self.client, self.round, site)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,17 +55,20 @@ class FederatedServer:
         round: how many have been closed.
         stale: clients whose replies to the last `close` were of another round and not counted.
         absent: clients that the last round closed without.
-        moves: |m_new − m|_S of the rounds so far, from the first in which every client has a site.
+        moves: |m_new − m|_S of the rounds so far, from the first in which every client has a site; of the Gaussian
+            part.
+        functions: the sites of functions, by client, of those who have sent any.
 
     Raises:
         InputError: if there are no clients, or an argument is out of range: ρ ≥ 2/K diverges for "fedlap".
         NotPositiveDefiniteError: if prior and sites are no Gaussian.
 
-    Source: FedLap and FedLap-Cov (ICLR 2025); federated ADMM from Bayesian duality (ICLR 2026), with the server's rule
-    replaced by the sum of sites; Ashman et al. 2022 (PVI). Deviation: curvature sites are (1 − ρ)B + ρH, positive
-    semi-definite always.
+    Source: FedLap, FedLap-Cov and FedLap-Func (Swaroop, Khan & Doshi-Velez 2025); federated ADMM from Bayesian duality
+    (ICLR 2026), with the server's rule replaced by the sum of sites; Ashman et al. 2022 (PVI). Deviation: curvature
+    sites are (1 − ρ)B + ρH, positive semi-definite always; sites of functions are damped as Gaussian ones are.
 
     Example:
+        >>> import torch
         >>> from dualgp import WeightLayout
         >>> prior = WeightPosterior(WeightLayout({"w": torch.Size([1])}), prior_precision=1.0)
         >>> server = FederatedServer.start(prior, ["a", "b"], "fedlap-cov", structure="dense")
@@ -157,6 +89,21 @@ class FederatedServer:
     stale: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     moves: tuple[float, ...] = field(default=(), repr=False)
+    functions: Mapping[str, FunctionSite] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        K, rho, penalty = len(self.sites), self.rho, self.penalty
+        if self.prior.site is not None:
+            raise InputError("The prior has a site: say with prior.as_prior() that what it has seen counts as prior.")
+        if self.method == "fedlap" and K > 1 and rho >= 2.0 / K:
+            raise InputError(
+                f'"fedlap" with {K} clients diverges from a step of 2/K = {2.0 / K:.3g} on, got ρ = {rho:g}; take '
+                f'1/K = {1.0 / K:.3g}, or "fedlap-cov", which needs fewer rounds.'
+            )
+        if not 0 < rho <= 1 or not 0 < penalty < math.inf or (penalty != 1 and self.method != "bayes-admm"):
+            raise InputError(
+                f'Expected 0 < ρ ≤ 1, and a penalty > 0 for "bayes-admm" alone, got {rho:g} and {penalty:g}.'
+            )
 
     @classmethod
     def start(
@@ -173,27 +120,48 @@ class FederatedServer:
         names = list(clients)
         if not names or len(set(names)) != len(names):
             raise InputError(f"Expected the names of one client or more, all different, got {names[:8]}.")
-        if method not in get_args(FederatedMethod):
-            raise InputError(f"method must be one of {get_args(FederatedMethod)}, got {method!r}.")
-        if prior.site is not None:
-            raise InputError("The prior has a site: say with prior.as_prior() that what it has seen counts as prior.")
+        if method not in get_args(FederatedMethod) or structure not in ("diagonal", "dense"):
+            raise InputError(
+                f'method is one of {get_args(FederatedMethod)} and structure "diagonal" or "dense", got {method!r} and '
+                f"{structure!r}."
+            )
         K = len(names)
         stable = {"fedlap": 1.0 / K, "fedlap-cov": 1.0 if structure == "dense" else 0.5, "bayes-admm": 1.0}
         step = stable[method] if rho is None else float(rho)
-        if method == "fedlap" and K > 1 and step >= 2.0 / K:
-            raise InputError(
-                f'"fedlap" with {K} clients diverges from a step of 2/K = {2.0 / K:.3g} on, got ρ = {step:g}; take '
-                f'1/K = {1.0 / K:.3g}, or "fedlap-cov", which needs fewer rounds.'
-            )
-        if not 0 < step <= 1 or not 0 < penalty < math.inf or (penalty != 1 and method != "bayes-admm"):
-            raise InputError(
-                f'Expected 0 < ρ ≤ 1, and a penalty > 0 for "bayes-admm" alone, got {step:g} and {penalty:g}.'
-            )
         return cls(prior, dict.fromkeys(names), method, step, float(penalty))
 
     @property
     def posterior(self) -> WeightPosterior:
-        """The joint posterior so far, prior · Π t_k."""
+        """The joint posterior so far, prior · Π t_k.
+
+        Raises:
+            InputError: if there are sites of functions: it is no Gaussian then (see `posterior_at`).
+        """
+        if self.functions:
+            raise InputError(
+                "With sites of functions there is no Gaussian posterior: minimise term(), and ask for "
+                "posterior_at(network) there."
+            )
+        return self._gaussian
+
+    def term(self) -> Term:
+        """Return −log of prior · Π t_k with all sites of functions: its minimiser is the mean of this round."""
+        return with_functions(quadratic(self._gaussian), self.functions.values())
+
+    def posterior_at(self, network: nn.Module) -> WeightPosterior:
+        """Return the joint posterior with the functions expanded at a network: centred there if it minimises `term`.
+
+        Raises:
+            InputError: if the network has not these weights.
+        """
+        q = self._gaussian
+        structure: Literal["diagonal", "dense"] = "dense" if q.structure == "dense" else "diagonal"
+        for functions in self.functions.values():
+            q = q.add(functions.expanded(network, q.layout, structure))
+        return q
+
+    @property
+    def _gaussian(self) -> WeightPosterior:
         total = None
         for site in self.sites.values():
             if site is not None:
@@ -208,7 +176,7 @@ class FederatedServer:
             NotPositiveDefiniteError: if its cavity is no Gaussian: a penalty below 1 takes out more than its site.
         """
         self._check_client(client)
-        site, q = self.sites[client], self.posterior
+        site, q = self.sites[client], self._gaussian
         if site is None:
             cavity = q
         else:
@@ -219,7 +187,8 @@ class FederatedServer:
                     f"Client {client!r} has no prior to fit under: with a penalty of {self.penalty:g} its cavity is no "
                     f"Gaussian ({error}) Use penalty=1."
                 ) from error
-        return ClientTask(client, self.round, cavity.as_prior(), self.method, self.penalty)
+        others = tuple(f for name, f in self.functions.items() if name != client)
+        return ClientTask(client, self.round, cavity.as_prior(), self.method, self.penalty, others)
 
     def close(self, replies: Iterable[Reply]) -> FederatedServer:
         """Return the server after this round, with what arrived: other clients' sites are kept.
@@ -227,13 +196,18 @@ class FederatedServer:
         Replies of another round are not counted, and named in `stale`; clients without a reply are in `absent`.
 
         Raises:
-            InputError: for an unknown client, two replies of one, or a site that is not finite.
+            InputError: for an unknown client, two replies of one, a site that is not finite, or functions at other
+                inputs than that client's last ones while ρ < 1.
             BasisMismatchError: for a site over other weights.
             NotPositiveDefiniteError: if no Gaussian comes of it.
             DivergenceError: if the rounds move away from their fixed point.
         """
-        sites, stale, seen = dict(self.sites), [], set()
+        sites, functions, stale, seen = dict(self.sites), dict(self.functions), [], set()
         for reply in replies:
+            if not isinstance(reply, Reply):
+                raise InputError(
+                    f"Expected replies, got {type(reply).__name__}; leave out clients that did not answer."
+                )
             self._check_client(reply.client)
             if reply.round != self.round:
                 stale.append(reply.client)
@@ -242,8 +216,11 @@ class FederatedServer:
                 raise InputError(f"Client {reply.client!r} has answered twice in round {self.round}.")
             seen.add(reply.client)
             sites[reply.client] = self._damped(reply)
+            functions.pop(reply.client, None)
+            if (damped := self._damped_functions(reply)) is not None:
+                functions[reply.client] = damped
         absent = tuple(name for name in self.sites if name not in seen)
-        then = replace(self, sites=sites, round=self.round + 1, stale=tuple(stale), absent=absent)
+        then = replace(self, sites=sites, functions=functions, round=self.round + 1, stale=tuple(stale), absent=absent)
         return replace(then, moves=self._moved(then))
 
     def _damped(self, reply: Reply) -> WeightSite:
@@ -253,17 +230,32 @@ class FederatedServer:
             raise BasisMismatchError(
                 f"The model has {self.prior.layout.size} weights, the site of {reply.client!r} {len(new.lam)}."
             )
+        if self.method == "fedlap" and bool(new.B.any()):
+            raise InputError(f'The site of {reply.client!r} has a curvature, and those of "fedlap" are linear.')
         if not bool(new.lam.isfinite().all() and new.B.isfinite().all()):
             raise InputError(f"The site of client {reply.client!r} is not finite: its fit has diverged.")
         damped = new * self.rho
         return damped if old is None else old * (1.0 - self.rho) + damped
 
+    def _damped_functions(self, reply: Reply) -> FunctionSite | None:
+        new, old, rho = reply.functions, self.functions.get(reply.client), self.rho
+        if old is None or rho == 1:
+            return new if new is None or rho == 1 else new * rho
+        if new is None:
+            return old * (1.0 - rho)
+        if not old.same_inputs(new):
+            raise InputError(
+                f"The functions of client {reply.client!r} are at other inputs than before: with a step of {rho:g} "
+                "both would have to be kept. Keep the inputs from round to round, or take ρ = 1."
+            )
+        return old * (1.0 - rho) + new * rho
+
     def _moved(self, then: FederatedServer) -> tuple[float, ...]:
         """|m_new − m|_S of each round since all clients have a site, the last one checked against those before."""
-        q = then.posterior
+        q = then._gaussian
         if None in then.sites.values():
             return ()
-        gap = q.mean - self.posterior.mean
+        gap = q.mean - self._gaussian.mean
         move = float((gap @ apply_precision(q.precision, gap)).clamp_min(0.0).sqrt())
         last, least = (*self.moves, move)[-_PATIENCE:], min(self.moves, default=math.inf)
         if len(self.moves) > _PATIENCE and min(last) > _GROWN * least and move > self.moves[0]:
@@ -277,8 +269,3 @@ class FederatedServer:
     def _check_client(self, client: str) -> None:
         if client not in self.sites:
             raise InputError(f"There is no client {client!r}; there are {list(self.sites)[:8]}.")
-
-
-def _natural(q: WeightPosterior) -> WeightSite:
-    """The natural parameters (S m, S), prior included."""
-    return WeightSite(apply_precision(q.precision, q.mean), q.precision)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError
-from dualgp.linalg import precision_cholesky, symmetrise
+from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.sites import WeightSite
-from dualgp.weights import Number, WeightLayout, WeightPosterior
+from dualgp.transfer.precisions import Diagonal, LayerPrecision, Terms, layer_precision
+from dualgp.weights import Number, WeightLayout, WeightPosterior, network_at
 
 Names: TypeAlias = tuple[str, ...]
-Terms: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
-Map: TypeAlias = Callable[[Tensor], Tensor]
-_DENSE = 2048  # weights of a layer up to which its block is factorised densely
-_TOLERANCE, _STEPS = 1e-12, 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +29,7 @@ class KroneckerCurvature:
         rest: a diagonal besides, [P]: for weights without factors.
 
     Raises:
-        InputError: if factors do not fit the shapes of the layout.
+        InputError: if factors do not fit the shapes of the layout, a weight is in two layers, or a value is not finite.
     """
 
     layout: WeightLayout
@@ -43,6 +37,11 @@ class KroneckerCurvature:
     rest: Tensor
 
     def __post_init__(self) -> None:
+        flat = [name for names in self.terms for name in names]
+        if len(set(flat)) < len(flat):
+            raise InputError(
+                f"A weight is of one layer, got {sorted(n for n in set(flat) if flat.count(n) > 1)} in two."
+            )
         for names, terms in self.terms.items():
             n_out, n_in = self._sides(names)
             for G, A in terms:
@@ -53,9 +52,14 @@ class KroneckerCurvature:
                     )
         if self.rest.shape != (self.layout.size,):
             raise InputError(f"Expected a diagonal of {self.layout.size}, got {tuple(self.rest.shape)}.")
+        values = [self.rest, *(factor for terms in self.terms.values() for term in terms for factor in term)]
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise InputError("A curvature is not finite: look for a diverged run or a bad file.")
 
     def _sides(self, names: Names) -> tuple[int, int]:
         unknown = [n for n in names if n not in self.layout.shapes]
+        if not unknown and len(names) == 2 and self.layout.shapes[names[1]] != self.layout.shapes[names[0]][:1]:
+            raise InputError(f"{names[1]!r} is no bias of {names[0]!r}: it has {self.layout.shapes[names[1]]} numbers.")
         if unknown or len(names) not in (1, 2) or len(self.layout.shapes[names[0]]) < 1:
             raise InputError(f"A layer is (weight,) or (weight, bias) of the layout, got {names}.")
         shape = self.layout.shapes[names[0]]
@@ -103,6 +107,24 @@ class KroneckerCurvature:
             out += G.to(V) @ V @ A.to(V).mT
         return out.flatten()
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return tensors by name to save: "x.weight.G" and "x.weight.A" of a layer, and diagonals of other weights.
+
+        As `merge_shards` reads them, of curvatures of one set of data.
+
+        Raises:
+            InputError: if a layer has several products, weights with factors a diagonal besides, or a bias not the name
+                of its weight.
+        """
+        rest = self.layout.split(self.rest)
+        found: dict[str, Tensor] = {}
+        for names, terms in self.terms.items():
+            named = len(names) == 1 or names[1] == names[0].removesuffix("weight") + "bias"
+            if len(terms) != 1 or not named or any(bool(rest.pop(name).any()) for name in names):
+                raise InputError(f"Layer {names} is not one product G ⊗ A for an x.weight, with x.bias or without.")
+            found |= {f"{names[0]}.{side}": factor.contiguous() for side, factor in zip("GA", terms[0], strict=True)}
+        return found | {name: values.clone() for name, values in rest.items()}
+
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return B itself, in float64."""
         B = torch.diag(self.rest.double())
@@ -119,6 +141,8 @@ class KroneckerSite:
     B: KroneckerCurvature
 
     def __add__(self, other: KroneckerSite) -> KroneckerSite:
+        if not isinstance(other, KroneckerSite):
+            raise BasisMismatchError("Kronecker sites add to their like; use to_dense() of their curvature.")
         return KroneckerSite(self.lam + other.lam, self.B + other.B)
 
     def __sub__(self, other: KroneckerSite) -> KroneckerSite:
@@ -133,8 +157,8 @@ class KroneckerSite:
 class KroneckerPosterior:
     """q(θ) = N(m, S⁻¹) with S = diag(S₀) + B: a diagonal prior times a site whose curvature is in Kronecker products.
 
-    What `merge` and `forget` need of a posterior. The mean is solved layer by layer: densely up to 2048 weights, beyond
-    by conjugate gradients to a relative residual of 1e-12.
+    A posterior to merge, forget from, and draw from. Layers are solved one by one: by the eigenvectors of their factors
+    if they have one product and one prior precision, else densely up to 2048 weights, beyond by conjugate gradients.
 
     Args:
         layout: names and shapes of the weights.
@@ -143,7 +167,8 @@ class KroneckerPosterior:
         prior_precision: S₀, a number or [P].
 
     Raises:
-        InputError: if shapes do not fit.
+        InputError: if shapes do not fit, or a value is not finite.
+        BasisMismatchError: if the site is over other weights.
         NotPositiveDefiniteError: if S is not positive definite.
 
     Example:
@@ -162,8 +187,8 @@ class KroneckerPosterior:
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
     ) -> None:
-        given = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
-        like = site.lam if site is not None else next(given, torch.zeros(()))
+        tensors = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
+        like = site.lam if site is not None else next(tensors, torch.zeros(()))
         self.layout, self.site = layout, site
         parts = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (prior_mean, prior_precision)]
         if any(part.shape not in ((), (layout.size,)) for part in parts):
@@ -174,8 +199,15 @@ class KroneckerPosterior:
         self.prior_mean, self.prior_precision = (part.expand(layout.size) for part in parts)
         if site is not None and site.lam.shape != (layout.size,):
             raise BasisMismatchError(f"The layout has {layout.size} weights, the site {tuple(site.lam.shape)}.")
+        if site is not None and list(site.B.layout.shapes.items()) != list(layout.shapes.items()):
+            raise BasisMismatchError("The curvature is of another network than the layout.")
+        given = (self.prior_mean, self.prior_precision, *(() if site is None else (site.lam,)))
+        if not all(bool(part.isfinite().all()) for part in given):
+            raise InputError("A prior or a site of the weights is not finite: look for a diverged run or a bad file.")
         self.mean = self.prior_mean
-        if site is not None:  # S(m − m₀) = λ − Bm₀
+        if site is None:
+            Diagonal.of(self.prior_precision.double())  # raises unless it is positive
+        else:  # S(m − m₀) = λ − Bm₀
             self.mean = self.prior_mean + self.solve(site.lam - site.B @ self.prior_mean)
 
     @classmethod
@@ -186,9 +218,15 @@ class KroneckerPosterior:
 
         Raises:
             InputError: if the base is dense.
+            BasisMismatchError: if there are not as many weights.
         """
         if base.structure != "diagonal":
             raise InputError("A Kronecker posterior has a diagonal base; with a dense one use fine_tuned and to_dense.")
+        if mean.shape != (base.layout.size,) or curvature.layout.size != base.layout.size:
+            raise BasisMismatchError(
+                f"The base has {base.layout.size} weights, the model {tuple(mean.shape)} and its curvature "
+                f"{curvature.layout.size}."
+            )
         lam = base.precision * (mean - base.mean) + curvature @ mean
         prior = {"prior_mean": base.mean, "prior_precision": base.precision}
         return cls(base.layout, KroneckerSite(lam, curvature), **prior)
@@ -213,88 +251,53 @@ class KroneckerPosterior:
         Raises:
             NotPositiveDefiniteError: if S is not positive definite.
         """
-        if self.site is None:
-            return v / self.prior_precision
-        B, b = self.site.B, v.double()
-        diagonal = self.prior_precision.double() + B.rest.double()
-        in_layers = torch.zeros_like(diagonal, dtype=torch.bool)
-        out = torch.empty_like(b)
-        for names, where, terms in B.layers():
-            in_layers[where] = True
-            out[where] = _solve_layer(B, names, terms, diagonal[where], b[where])
-        free = diagonal[~in_layers]
-        if not bool((free > 0).all()):
-            precision_cholesky(torch.diag(free.min().reshape(1)))  # raises, naming the smallest
-        out[~in_layers] = b[~in_layers] / free
+        out = torch.empty(len(v), dtype=torch.float64, device=v.device)
+        for where, S in self._layers():
+            out[where] = S.solve(v.double()[where])
         return out.to(v.dtype)
 
+    def variance(self) -> Float[Tensor, "P"]:
+        """Return the marginal variance of each weight, diag S⁻¹.
 
-def _solve_layer(B: KroneckerCurvature, names: Names, terms: Terms, diagonal: Tensor, b: Tensor) -> Tensor:
-    """(diag(d) + Σ G ⊗ A)⁻¹ b."""
-    if len(b) <= _DENSE:
-        dense = torch.diag(diagonal)
-        for G, A in terms:
-            dense += torch.kron(G.double(), A.double())
-        return torch.cholesky_solve(b.unsqueeze(-1), precision_cholesky(symmetrise(dense))).squeeze(-1)
+        Layers of one product under a prior precision that is a number are not multiplied out, others are.
 
-    def apply(v: Tensor) -> Tensor:
-        return diagonal * v + B.apply(names, terms, v)
+        Raises:
+            UnsupportedError: if a layer that has to be multiplied out has more than 8192 weights.
+        """
+        out = torch.empty_like(self.mean, dtype=torch.float64)
+        for where, S in self._layers():
+            out[where] = S.variance()
+        return out.to(self.mean.dtype)
 
-    psd = all(float(G.diagonal().sum()) >= 0 and float(A.diagonal().sum()) >= 0 for G, A in terms)
-    if not (psd and bool((diagonal > 0).all())):  # something was taken out: look before solving
-        _check_positive(apply, len(b), names)
-    return _conjugate_gradients(apply, _preconditioner(terms, diagonal), b, names)
+    def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
+        """Return draws of all the weights, flat, layer by layer; `layout.split` names them.
 
+        Raises:
+            InputError: if num_samples is no whole number ≥ 1.
+            UnsupportedError: if a layer of more than 8192 weights has had a product taken out.
+        """
+        check_count("num_samples", num_samples, 1)
+        out = self.mean.double().repeat(num_samples, 1)
+        for where, S in self._layers():
+            out[:, where] += S.draw(num_samples, generator)
+        return out.to(self.mean.dtype)
 
-def _preconditioner(terms: Terms, diagonal: Tensor) -> Map:
-    """V ↦ (G ⊗ A + d̄I)⁻¹ v with the factors' sums, which share the trace of Σ Gₖ ⊗ Aₖ."""
-    scaled = [(G.double() * A.double().trace(), A.double() / A.double().trace()) for G, A in terms]
-    G = torch.stack([G for G, _ in scaled]).sum(0)
-    A = torch.stack([g.trace() * A for g, A in scaled]).sum(0) / G.trace()
-    (g, U), (a, W) = torch.linalg.eigh(symmetrise(G)), torch.linalg.eigh(symmetrise(A))
-    values = torch.outer(g, a).clamp_min(0.0) + diagonal.mean().clamp_min(1e-12 * float(g.abs().max() * a.abs().max()))
+    def predict_samples(
+        self, network: nn.Module, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return what the network says of x at draws of its weights, [S, T, ...]. As `WeightPosterior`'s."""
+        draws = self.sample(num_samples, generator=generator)
+        return torch.stack([network_at(self.layout, network, theta, x) for theta in draws])
 
-    def apply(v: Tensor) -> Tensor:
-        V = v.view(len(g), len(a))
-        return (U @ ((U.mT @ V @ W) / values) @ W.mT).flatten()
-
-    return apply
-
-
-def _conjugate_gradients(apply: Map, precondition: Map, b: Tensor, names: Names) -> Tensor:
-    x, r = torch.zeros_like(b), b.clone()
-    z = precondition(r)
-    p, rz = z.clone(), r @ z
-    for _ in range(_STEPS):
-        if r.norm() <= _TOLERANCE * b.norm():
-            return x
-        Ap = apply(p)
-        curvature = p @ Ap
-        if not float(curvature) > 0:
-            raise _indefinite(names, float(curvature / (p @ p)))
-        step = rz / curvature
-        x, r = x + step * p, r - step * Ap
-        z = precondition(r)
-        rz, before = r @ z, rz
-        p = z + (rz / before) * p
-    if r.norm() <= 1e-6 * b.norm():
-        return x
-    raise NotPositiveDefiniteError(
-        f"Conjugate gradients left {float(r.norm() / b.norm()):.1e} of the right-hand side of layer {names} after "
-        f"{_STEPS} steps: its precision is too badly conditioned. Raise the prior precision, or use a diagonal."
-    )
-
-
-def _check_positive(apply: Map, size: int, names: Names) -> None:
-    operator = LinearOperator((size, size), lambda v: apply(torch.from_numpy(np.array(v).ravel())).numpy(), dtype="f8")
-    start = np.random.default_rng(0).standard_normal(size)
-    smallest = float(eigsh(operator, k=1, which="SA", v0=start, tol=1e-4, return_eigenvectors=False)[0])
-    if smallest <= 0:
-        raise _indefinite(names, smallest)
-
-
-def _indefinite(names: Names, value: float) -> NotPositiveDefiniteError:
-    return NotPositiveDefiniteError(
-        f"No Gaussian is left in layer {names}: its precision has an eigenvalue of {value:.3g} or less. More was taken "
-        "out than had been put in, or the factors are of other data."
-    )
+    def _layers(self) -> Iterator[tuple[Tensor, LayerPrecision]]:
+        """Yield the positions of each layer's weights and S there; last, those without factors."""
+        diagonal = self.prior_precision.double()
+        free = torch.ones_like(diagonal, dtype=torch.bool)
+        if self.site is not None:
+            diagonal = diagonal + self.site.B.rest.double()
+            for names, where, terms in self.site.B.layers():
+                free[where] = False
+                yield where, layer_precision(str(names), terms, diagonal[where])
+        where = free.nonzero().flatten()
+        if len(where):
+            yield where, Diagonal.of(diagonal[where])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dualgp.errors import InputError, check_count
 from dualgp.laplace import laplace_sites
@@ -36,6 +37,12 @@ class MemorySet:
                 f"Inputs, outputs, weights and targets of as many data were expected, got {len(self.x)}, "
                 f"{len(self.f)}, {len(self.weights)} and {None if self.y is None else len(self.y)}."
             )
+        w = self.weights
+        if w.ndim != 1 or not bool(self.f.isfinite().all() and ((w >= 0) & w.isfinite()).all()):
+            raise InputError(
+                f"A memory has finite outputs and weights ≥ 0 [m], got weights {tuple(w.shape)}: a network that has "
+                "diverged is no memory."
+            )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -49,12 +56,19 @@ class MemorySet:
             >>> len(MemorySet.of(net, torch.zeros(3, 1)))
             3
         """
-        with torch.no_grad():
-            f = network(x)
+        with torch.no_grad():  # in the mode it is in, with buffers of its own: a batch norm that trains moves none
+            f = functional_call(network, {name: b.clone() for name, b in network.named_buffers()}, (x,))
         return cls(x, f, torch.ones(len(x), dtype=f.dtype, device=f.device) if weights is None else weights, y)
 
     def join(self, other: MemorySet) -> MemorySet:
-        """Return both together; targets are kept if both have them."""
+        """Return both together; targets are kept if both have them.
+
+        Raises:
+            InputError: if inputs or outputs have other shapes.
+        """
+        for mine, theirs in ((self.x, other.x), (self.f, other.f)):
+            if mine.shape[1:] != theirs.shape[1:]:
+                raise InputError(f"Memories of one network join, got {tuple(mine.shape)} and {tuple(theirs.shape)}.")
         y = None if self.y is None or other.y is None else torch.cat([self.y, other.y])
         x, f = torch.cat([self.x, other.x]), torch.cat([self.f, other.f])
         return MemorySet(x, f, torch.cat([self.weights, other.weights]), y)
@@ -85,7 +99,7 @@ def select_memory(
         generator: of the keys of "random"; torch's default one otherwise.
 
     Raises:
-        InputError: if there is no such rule, or size is no whole number ≥ 1.
+        InputError: if there is no such rule, size is no whole number ≥ 1, or data, targets and variances do not match.
 
     Source: Khan & Swaroop 2021, § 4 (leverage, v = 1); Chang et al. 2023, eq. 15 (with v).
 
@@ -95,6 +109,8 @@ def select_memory(
         tensor([1])
     """
     check_count("size", size, 1)
+    if var is not None and var.numel() != f.numel():
+        raise InputError(f"Expected a variance for each of the outputs {tuple(f.shape)}, got {tuple(var.shape)}.")
     keys = torch.rand(len(f), dtype=torch.float64, generator=generator)
 
     def moments() -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ exact where the losses are quadratic. Task arithmetic is B_t = 0, the plain aver
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -72,6 +73,11 @@ def fine_tuned(base: WeightPosterior, mean: Float[Tensor, "P"], curvature: Tenso
     base = base if base.site is None else base.as_prior()
     if mean.shape != (base.layout.size,):
         raise BasisMismatchError(f"The base has {base.layout.size} weights, the model {tuple(mean.shape)}.")
+    if curvature.shape not in ((len(mean),), (len(mean), len(mean))):
+        raise BasisMismatchError(
+            f"For {len(mean)} weights a curvature is [{len(mean)}] or [{len(mean)}, {len(mean)}], got "
+            f"{tuple(curvature.shape)}; a KroneckerCurvature goes into KroneckerPosterior.fine_tuned."
+        )
     gradient = -apply_precision(base.precision, mean - base.mean)
     return base.add(expanded_site(mean, gradient, curvature))
 
@@ -134,7 +140,7 @@ def average(posteriors: Sequence[Q], weights: Sequence[Number] | None = None) ->
         tensor([1.])
     """
     alphas = _weights(posteriors, [1.0 / max(len(posteriors), 1)] * len(posteriors) if weights is None else weights)
-    check_layouts(posteriors)
+    _check_alike(posteriors)
     return torch.stack([alpha * q.mean for q, alpha in zip(posteriors, alphas, strict=True)]).sum(0)
 
 
@@ -167,7 +173,7 @@ def fisher_average(
     S_t has the prior in it: weights that no datum informs would be 0/0 otherwise.
 
     Raises:
-        InputError: as `merge`.
+        InputError: as `merge`, or if they are Kronecker posteriors.
         BasisMismatchError: if they are over other weights.
         NotPositiveDefiniteError: if Σ α_t S_t is not positive definite.
 
@@ -180,7 +186,9 @@ def fisher_average(
         tensor([1.5000])
     """
     alphas = _weights(posteriors, weights)
-    check_layouts(posteriors)
+    _check_alike(posteriors)
+    if any(isinstance(q, KroneckerPosterior) for q in posteriors):
+        raise InputError("Means are weighted by diagonal or dense precisions: turn Kronecker ones into to_dense().")
     sites = [WeightSite(apply_precision(q.precision, q.mean), q.precision) for q in posteriors]
     total = alphas[0] * sites[0]
     for site, alpha in zip(sites[1:], alphas[1:], strict=True):
@@ -205,8 +213,11 @@ class Mismatch:
 
     @property
     def relative(self) -> float:
-        """`joint` beside `at_base`: near 0 the merge is as good as joint training, near 1 no better than the base."""
-        return self.joint / self.at_base
+        """`joint` beside `at_base`: near 0 the merge is as good as joint training, near 1 no better than the base.
+
+        Infinite where the base is the optimum itself.
+        """
+        return self.joint / self.at_base if self.at_base else math.inf
 
 
 def gradient_mismatch(
@@ -229,7 +240,7 @@ def gradient_mismatch(
         weights: α_t; 1 if None.
 
     Raises:
-        InputError: as `merge`, or if a loss does not depend on the weights.
+        InputError: as `merge`, or if a loss is not one finite number that depends on the weights of the network.
         BasisMismatchError: as `merge`.
 
     Source: Daheim et al. 2024, eq. 9.
@@ -246,6 +257,8 @@ def gradient_mismatch(
     _check_together(posteriors)
     if len(losses) != len(posteriors):
         raise InputError(f"Expected one loss for each of {len(posteriors)} models, got {len(losses)}.")
+    if theta.shape != posteriors[0].mean.shape:
+        raise InputError(f"The models have {posteriors[0].layout.size} weights, θ is {tuple(theta.shape)}.")
     first, per_task = posteriors[0], []
     S0, m0 = first.prior_precision, first.prior_mean
     here, there = apply_precision(S0, theta - m0), torch.zeros_like(m0)
@@ -263,7 +276,7 @@ def loss_gradient(
     """Return the gradient of loss(network) at weights θ, flat; the network itself is left alone.
 
     Raises:
-        InputError: if the loss does not depend on the weights, or is not finite.
+        InputError: if the network has not these weights, or the loss is not one finite number that depends on them.
 
     Example:
         >>> net = nn.Linear(1, 1)
@@ -271,6 +284,9 @@ def loss_gradient(
         >>> loss_gradient(net, layout, torch.tensor([2.0, 0.0]), lambda f: f(torch.ones(1, 1)).square().sum())
         tensor([4., 4.])
     """
+    layout.parameters_of(network)
+    if theta.shape != (layout.size,):
+        raise InputError(f"The network has {layout.size} weights, and {tuple(theta.shape)} were given.")
     held = copy.deepcopy(network)
     found = dict(held.named_parameters())
     with torch.no_grad():
@@ -279,8 +295,10 @@ def loss_gradient(
             found[name].requires_grad_()
     with torch.enable_grad():
         value = loss(held)
-        if not value.requires_grad or not bool(value.isfinite()):
-            raise InputError(f"A loss must be finite and depend on the network's weights; got {value.detach()}.")
+        if value.numel() != 1 or not value.requires_grad or not bool(value.isfinite()):
+            got = value.detach() if value.numel() == 1 else f"{tuple(value.shape)} numbers: sum them"
+            raise InputError(f"A loss must be one finite number and depend on the network's weights; got {got}.")
+        value = value.sum()
         grads = torch.autograd.grad(value, [found[name] for name in layout.shapes], allow_unused=True)
     pairs = zip(grads, layout.shapes, strict=True)
     return torch.cat([(torch.zeros_like(found[n]) if g is None else g).flatten() for g, n in pairs]).to(theta.dtype)
@@ -296,8 +314,8 @@ def _weights(posteriors: Sequence[object], weights: Sequence[Number] | None) -> 
     return alphas
 
 
-def _check_together(posteriors: Sequence[Q]) -> None:
-    """Raise unless all are of one kind, over the same weights, under one prior, in one dtype on one device."""
+def _check_alike(posteriors: Sequence[Q]) -> None:
+    """Raise unless all are of one kind, over the same weights, in one dtype on one device."""
     check_layouts(posteriors)
     first, *others = posteriors
     for other in others:
@@ -310,6 +328,13 @@ def _check_together(posteriors: Sequence[Q]) -> None:
                 f"Models of one dtype on one device were expected, got {first.mean.dtype} on {first.mean.device} and "
                 f"{other.mean.dtype} on {other.mean.device}. Use posterior.to(device, dtype)."
             )
+
+
+def _check_together(posteriors: Sequence[Q]) -> None:
+    """Raise unless they are alike, and under one prior."""
+    _check_alike(posteriors)
+    first, *others = posteriors
+    for other in others:
         if not (_same(first.prior_mean, other.prior_mean) and _same(first.prior_precision, other.prior_precision)):
             raise BasisMismatchError(
                 "Models under one prior were expected: sites are relative to it. State all relative to one base with "

@@ -147,10 +147,15 @@ def gibbs_risk(losses: Float[Tensor, "S n"]) -> Tensor:
     Args:
         losses: one row for each draw of the weights, one column for each datum.
 
+    Raises:
+        InputError: if there are none.
+
     Example:
         >>> gibbs_risk(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
         tensor(0.7500, dtype=torch.float64)
     """
+    if not losses.numel():
+        raise InputError(f"Expected losses of one draw and one datum at least, got {tuple(losses.shape)}.")
     return losses.double().mean()
 
 
@@ -163,11 +168,16 @@ def bma_risk(log_prob: Float[Tensor, "S n C"], y: Tensor) -> Tensor:
         log_prob: log-probabilities of the classes at each draw of the weights.
         y: labels [n].
 
+    Raises:
+        InputError: if they are not of as many data, or a value is NaN.
+
     Example:
         >>> p = torch.tensor([[[0.9, 0.1]], [[0.4, 0.6]]])
         >>> bma_risk(p.log(), torch.tensor([0]))
         tensor(0., dtype=torch.float64)
     """
+    if log_prob.ndim != 3 or len(y) != log_prob.shape[1] or bool(log_prob.isnan().any()):
+        raise InputError(f"Expected log-probabilities [S, {len(y)}, C], none NaN, got {tuple(log_prob.shape)}.")
     mean = log_prob.double().logsumexp(0)
     return (mean.argmax(-1) != y).double().mean()
 
@@ -177,7 +187,8 @@ class PriorWithData:
     """A prior and the fingerprints of all data that have had a part in it, so that a bound can be refused.
 
     Make it with `without_data` or `from_data`. Fingerprints prove that no row (x, y) was used; that a choice was not
-    made after a look at the data otherwise is for the user to answer for.
+    made after a look at the data otherwise is for the user to answer for; so is that the bound's rows are independent
+    draws, and none oversampled or augmented from another.
 
     Attributes:
         posterior: the prior, as a Gaussian over weights.
@@ -186,6 +197,12 @@ class PriorWithData:
 
     posterior: WeightPosterior
     seen: Tensor
+
+    def __post_init__(self) -> None:
+        if self.posterior.site is not None:
+            raise InputError(
+                "A prior is a Gaussian without a site: PriorWithData.from_data(posterior, x, y) makes one."
+            )
 
     @classmethod
     def without_data(cls, prior: WeightPosterior) -> PriorWithData:
@@ -259,7 +276,8 @@ def certify(
         parameter: β or λ (or a grid of them) of the Catoni and Alquier bounds, chosen before the data were seen.
 
     Raises:
-        InputError: if a datum has had a part in the prior, a loss is outside [0, 1], or shapes do not fit.
+        InputError: if a datum has had a part in the prior, a loss is outside [0, 1], shapes do not fit, or there is no
+            such bound or δ.
         BasisMismatchError: if q and the prior are over other weights.
 
     Source: Dziugaite & Roy 2017, § 3 (the price of sampling, after Langford & Caruana 2001); Ambroladze,
@@ -273,11 +291,23 @@ def certify(
         >>> round(found.bound, 4)  # no loss and no KL: 1 − (δ/2√n)^{1/n}
         0.0312
     """
-    rows = _rows(x, y)
-    if losses.shape[-1] != len(rows) or not bool(((losses >= 0) & (losses <= 1)).all()):
+    if bound not in BOUNDS or not isinstance(prior, PriorWithData):
         raise InputError(
-            f"Expected losses in [0, 1] of {len(rows)} data, [S, {len(rows)}]; got {tuple(losses.shape)} between "
-            f"{losses.min():.3g} and {losses.max():.3g}. A bound needs a bounded loss: clip it, or take 0–1."
+            f"Expected a bound of {sorted(BOUNDS)} and a PriorWithData, which knows its data; got {bound!r} and a "
+            f"{type(prior).__name__}."
+        )
+    if not 0 < delta < 1:
+        raise InputError(f"δ is a probability between 0 and 1, got {delta}.")
+    rows = _rows(x, y)
+    if (
+        losses.ndim != 2
+        or not len(losses)
+        or losses.shape[-1] != len(rows)
+        or not bool(((losses >= 0) & (losses <= 1)).all())
+    ):
+        raise InputError(
+            f"Expected losses in [0, 1] of {len(rows)} data at S draws, [S, {len(rows)}]; got {_described(losses)}. A "
+            "bound needs a bounded loss: clip it, or take 0–1."
         )
     shared = torch.isin(rows, prior.seen.to(rows.device))
     if bool(shared.any()):
@@ -295,6 +325,11 @@ def certify(
     named = {} if parameter is None else {"beta" if bound == "catoni" else "lam": parameter}
     value = BOUNDS[bound](r, kl, len(rows), delta=left, **named)
     return Certificate(float(value.clamp_max(1.0)), float(r), float(kl), len(rows), delta, bound)
+
+
+def _described(losses: Tensor) -> str:
+    inside = f" between {float(losses.min()):.3g} and {float(losses.max()):.3g}" if losses.numel() else ""
+    return f"{tuple(losses.shape)}{inside}"
 
 
 def _rows(x: Tensor, y: Tensor) -> Tensor:

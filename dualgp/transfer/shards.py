@@ -6,121 +6,22 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dualgp.errors import InputError, NotPositiveDefiniteError
+from dualgp.transfer.precisions import layer_precision
+from dualgp.transfer.stored import Layer, Open, Shards, Source, StoredTensor, factored_layers, read
 from dualgp.weights import Number
 
-Source: TypeAlias = str | PathLike[str]
 _PIECE = 1 << 20  # numbers of a tensor that are worked on at once
-_INDEX = "*.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # in bytes, from the beginning of the file
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
-
-
-class Shards:
-    """The tensors of a model on disk by name, and the files they lie in; nothing is read until it is asked for.
-
-    Args:
-        source: a safetensors file, or a folder of them, with or without an index.
-
-    Raises:
-        InputError: if there is no such file, a shard of the index is missing, or one is damaged or truncated.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = Path(source)
-        self.index, self.files = self._find()
-        self.headers: dict[Path, dict[str, Any]] = {}
-        self.data_start: dict[Path, int] = {}
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in self.files:
-            self._read_header(file)
-        named = set() if self.index is None else set(self.index["weight_map"])
-        if missing := sorted(named - set(self.tensors)):
-            raise InputError(f"{self.source} lacks {len(missing)} tensors of its index, the first {missing[0]!r}.")
-
-    def _find(self) -> tuple[dict[str, Any] | None, list[Path]]:
-        path = self.source
-        if path.is_file():
-            return None, [path]
-        if not path.is_dir():
-            raise InputError(f"There is no file or folder at {path}.")
-        found = sorted(path.glob(_INDEX))
-        if not found:
-            files = sorted(path.glob("*.safetensors"))
-            if not files:
-                raise InputError(f"The folder {path} has no safetensors file.")
-            return None, files
-        try:
-            index = json.loads(found[0].read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"The index {found[0]} is damaged: {error}.") from error
-        outside = [n for n in names if Path(n).name != n]
-        missing = [n for n in names if n not in outside and not (path / n).is_file()]
-        if outside or missing:
-            raise InputError(
-                f"The index {found[0]} names {(outside + missing)[0]!r}, which is not in the folder ({len(missing)} of "
-                f"{len(names)} shards missing): fetch it again."
-            )
-        index["file"] = found[0].name
-        return index, [path / name for name in names]
-
-    def _read_header(self, file: Path) -> None:
-        size = file.stat().st_size
-        try:
-            with file.open("rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                if size < 8 or length > size - 8:
-                    raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(f.read(length))
-            self.headers[file], self.data_start[file] = header, 8 + length
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                first, last = entry["data_offsets"]
-                tensor = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
-                if last - first != tensor.numel * tensor.dtype.itemsize or 8 + length + last > size:
-                    raise ValueError(f"{name!r} ends at byte {8 + length + last} of {size}")
-                if name in self.tensors:
-                    raise ValueError(f"{name!r} is in another shard too")
-                self.tensors[name] = tensor
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is no safetensors file, or is truncated: {error}.") from error
 
 
 def merge_shards(
@@ -133,26 +34,28 @@ def merge_shards(
     scales: Sequence[Number] | None = None,
     base_precision: Source | Number = 1.0,
 ) -> None:
-    """Write the diagonal merge θ₀ + S⁻¹ Σ α_t (S₀ + c_tB_t)(θ_t − θ₀), S = S₀ + Σ α_t c_tB_t, in the base's shards.
+    """Write the merge θ₀ + S⁻¹ Σ α_t (S₀ + c_tB_t)(θ_t − θ₀), S = S₀ + Σ α_t c_tB_t, in the base's shards.
 
-    A piece of one tensor of every model is in memory at a time, some tens of megabytes in all. Integers are the
-    base's. `out` appears when all is written, and not at all if something is wrong.
+    A piece of one tensor of every model is in memory at a time, some tens of megabytes in all; of a layer with factors
+    the whole. Integers are the base's. `out` appears when all is written, and not at all if something is wrong.
 
     Args:
         base: θ₀, a safetensors file or a folder of shards.
         models: θ_t, with the same names, shapes and dtypes.
         out: a file, or a folder as the base is; it must not exist.
-        curvatures: diagonals B_t, named as the floating-point tensors; None for zero: task arithmetic.
+        curvatures: B_t, as files or folders: diagonals, named as the floating-point tensors; or for a layer "x.weight"
+            the factors "x.weight.G" and "x.weight.A" of B = G ⊗ A, with one more column for "x.bias", as
+            `KroneckerCurvature.to_tensors` names them. None for zero: task arithmetic.
         weights: α_t; 1 if None.
         scales: c_t, for curvatures that are means over data: how many data; 1 if None.
-        base_precision: S₀, a number or a file or folder as `curvatures`.
+        base_precision: S₀, a number, or a file or folder of diagonals.
 
     Raises:
-        InputError: if a shard is missing or truncated, names, shapes or dtypes differ, a value is not finite, or `out`
-            exists.
-        NotPositiveDefiniteError: if S has an element that is not positive.
+        InputError: if a shard is missing or truncated, names, shapes or dtypes differ, a value is or becomes infinite,
+            or `out` exists.
+        NotPositiveDefiniteError: if S is not positive definite.
 
-    Source: Daheim et al. 2024, eq. 12, elementwise.
+    Source: Daheim et al. 2024, eq. 12, elementwise or layer by layer.
 
     Example:
         >>> from safetensors.torch import load_file, save_file
@@ -168,14 +71,23 @@ def merge_shards(
     counts = _numbers("scales", scales, len(models))
     if curvatures is not None and len(curvatures) != len(models):
         raise InputError(f"Expected a curvature for each of {len(models)} models, got {len(curvatures)}.")
+    if curvatures is None and scales is not None:
+        raise InputError("Scales are of curvatures, and there are none: leave them out.")
     target = Path(out)
+    if not target.parent.is_dir():
+        raise InputError(f"There is no folder {target.parent} to write into.")
     if target.exists():
         raise InputError(f"{target} exists; merge into a new place.")
     start, experts = Shards(base), [Shards(m) for m in models]
     precisions = None if curvatures is None else [Shards(c) for c in curvatures]
-    prior = Shards(base_precision) if not isinstance(base_precision, int | float) else float(base_precision)
-    _check_alike(start, experts, [*(precisions or ()), *([prior] if isinstance(prior, Shards) else ())])
-    plan = _Plan(start, experts, precisions, prior, alphas, counts)
+    if not isinstance(base_precision, int | float | str | PathLike):
+        raise InputError(f"base_precision is a number or a path, got a {type(base_precision).__name__}.")
+    prior = float(base_precision) if isinstance(base_precision, int | float) else Shards(base_precision)
+    _check_alike(start, experts)
+    layers = _check_curvatures(start, precisions or [])
+    if isinstance(prior, Shards):
+        _check_diagonals(start, prior, {})
+    plan = _Plan(start, experts, precisions, prior, alphas, counts, layers)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name, suffix=".part"))
     try:
         for file in start.files:
@@ -199,6 +111,8 @@ class _Plan:
     prior: Shards | float
     alphas: list[float]
     counts: list[float]
+    layers: dict[str, Layer]  # by the name of a weight or a bias that has factors
+    held: dict[str, Tensor] = field(default_factory=dict)  # merged with a layer, and not written yet
 
     def write(self, source: Path, target: Path) -> None:
         """Write one shard of the result, with the header of the base's."""
@@ -217,28 +131,34 @@ class _Plan:
             shift = 8 + len(header) - self.base.data_start[source]
             for name, tensor in sorted(inside, key=lambda item: item[1].start):
                 out.seek(tensor.start + shift)
-                for begin, count in _pieces(tensor.numel):
-                    piece = _read(file(tensor.file), tensor, begin, count)
-                    if tensor.dtype.is_floating_point:
-                        piece = self._merged(name, piece, begin, count, file).to(tensor.dtype)
+                for piece in self._pieces(name, tensor, file):
                     out.write(piece.view(torch.uint8).numpy().tobytes())
 
-    def _merged(self, name: str, piece: Tensor, begin: int, count: int, file: Any) -> Tensor:
-        def read(shards: Shards) -> Tensor:
-            tensor = shards.tensors[name]
-            values = _read(file(tensor.file), tensor, begin, count).to(work)
-            if not bool(values.isfinite().all()):
-                raise InputError(f"{name!r} in {tensor.file} has values that are not finite.")
-            return values
+    def _pieces(self, name: str, tensor: StoredTensor, file: Open) -> Iterator[Tensor]:
+        """Yield the result of one tensor in order."""
+        if name in self.layers:
+            if name not in self.held:
+                self.held.update(self._merged_layer(self.layers[name], file))
+            yield _rounded(name, self.held.pop(name).flatten().contiguous(), tensor.dtype)
+            return
+        for begin, count in _pieces(tensor.numel):
+            piece = read(file(tensor.file), tensor, begin, count)
+            if tensor.dtype.is_floating_point:
+                work = torch.float64 if piece.dtype == torch.float64 else torch.float32
+                piece = _rounded(name, self._merged(name, file, begin, count, work), tensor.dtype)
+            yield piece
 
-        work = torch.float64 if piece.dtype == torch.float64 else torch.float32
-        theta = read(self.base)
-        S0 = read(self.prior) if isinstance(self.prior, Shards) else torch.tensor(self.prior, dtype=work)
+    def _merged(self, name: str, file: Open, begin: int, count: int, work: torch.dtype) -> Tensor:
+        def values(shards: Shards) -> Tensor:
+            return shards.values(name, file, begin, count).to(work)
+
+        theta = values(self.base)
+        S0 = values(self.prior) if isinstance(self.prior, Shards) else torch.tensor(self.prior, dtype=work)
         S, total = S0.expand(count).clone(), torch.zeros(count, dtype=work)
         for t, (model, alpha) in enumerate(zip(self.models, self.alphas, strict=True)):
-            B = torch.zeros((), dtype=work) if self.curvatures is None else self.counts[t] * read(self.curvatures[t])
+            B = torch.zeros((), dtype=work) if self.curvatures is None else self.counts[t] * values(self.curvatures[t])
             S += alpha * B
-            total += alpha * (S0 + B) * (read(model) - theta)
+            total += alpha * (S0 + B) * (values(model) - theta)
         if not bool((S > 0).all()):
             raise NotPositiveDefiniteError(
                 f"The merged precision of {name!r} has an element {float(S.min()):.3g}: raise base_precision, or give "
@@ -246,19 +166,41 @@ class _Plan:
             )
         return theta + total / S
 
+    def _merged_layer(self, layer: Layer, file: Open) -> dict[str, Tensor]:
+        """θ₀ + S⁻¹ Σ α_t (S₀ + c_t G_t ⊗ A_t)(θ_t − θ₀) of one layer, whole, in float64."""
+
+        def values(shards: Shards) -> Tensor:
+            W = shards.values(layer.weight, file).double().flatten(1)
+            if layer.bias is None:
+                return W
+            return torch.cat([W, shards.values(layer.bias, file).double().unsqueeze(1)], 1)
+
+        theta = values(self.base)
+        S0 = values(self.prior) if isinstance(self.prior, Shards) else torch.full_like(theta, self.prior)
+        terms, total = [], torch.zeros_like(theta)
+        for t, (model, curvature) in enumerate(zip(self.models, self.curvatures or (), strict=True)):
+            G, A = (curvature.values(f"{layer.weight}.{side}", file).double() for side in "GA")
+            gap = values(model) - theta
+            total += self.alphas[t] * (S0 * gap + self.counts[t] * (G @ gap @ A.mT))
+            terms.append((self.alphas[t] * self.counts[t] * G, A))
+        theta = theta + layer_precision(layer.weight, tuple(terms), S0.flatten()).solve(total.flatten()).view_as(theta)
+        if layer.bias is None:
+            return {layer.weight: theta}
+        return {layer.weight: theta[:, :-1], layer.bias: theta[:, -1]}
+
+
+def _rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
+    found = merged.to(dtype)
+    if not bool(found.isfinite().all()):
+        raise InputError(
+            f"The merged {name!r} is too large for {dtype}: give less weight, or store the base in another."
+        )
+    return found
+
 
 def _pieces(numel: int) -> Iterator[tuple[int, int]]:
     for begin in range(0, numel, _PIECE):
         yield begin, min(_PIECE, numel - begin)
-
-
-def _read(file: BinaryIO, tensor: StoredTensor, begin: int, count: int) -> Tensor:
-    width = tensor.dtype.itemsize
-    buffer = bytearray(count * width)
-    file.seek(tensor.start + begin * width)
-    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-        raise InputError(f"{tensor.file} ended while it was read: it has been truncated.")
-    return torch.frombuffer(buffer, dtype=tensor.dtype)
 
 
 def _numbers(name: str, values: Sequence[Number] | None, count: int) -> list[float]:
@@ -268,7 +210,7 @@ def _numbers(name: str, values: Sequence[Number] | None, count: int) -> list[flo
     return found
 
 
-def _check_alike(base: Shards, models: Sequence[Shards], diagonals: Sequence[Shards]) -> None:
+def _check_alike(base: Shards, models: Sequence[Shards]) -> None:
     for shards in models:
         _check_names(base, shards, base.tensors)
         for name, tensor in base.tensors.items():
@@ -278,16 +220,37 @@ def _check_alike(base: Shards, models: Sequence[Shards], diagonals: Sequence[Sha
                     f"{name!r} is {tensor.shape} of {tensor.dtype} in {base.source} and {other.shape} of {other.dtype} "
                     f"in {shards.source}. Models of one architecture and dtype were expected."
                 )
-    floats = {name: t for name, t in base.tensors.items() if t.dtype.is_floating_point}
-    for shards in diagonals:
-        _check_names(base, shards, floats)
-        wrong = [n for n, t in floats.items() if shards.tensors[n].shape != t.shape]
-        if wrong:
-            raise InputError(f"The diagonal {shards.source} has another shape for {wrong[0]!r} than the model.")
 
 
-def _check_names(base: Shards, other: Shards, wanted: Mapping[str, StoredTensor]) -> None:
-    missing, more = sorted(set(wanted) - set(other.tensors)), sorted(set(other.tensors) - set(base.tensors))
+def _check_diagonals(base: Shards, shards: Shards, layers: Mapping[str, Layer]) -> None:
+    """Raise unless every floating-point tensor of the base has a diagonal, or is of a layer with factors."""
+    floats = {name: t for name, t in base.tensors.items() if t.dtype.is_floating_point and name not in layers}
+    factors = {f"{layer.weight}.{side}" for layer in layers.values() for side in "GA"}
+    _check_names(base, shards, floats, besides=factors)
+    wrong = [n for n, t in floats.items() if shards.tensors[n].shape != t.shape]
+    if wrong:
+        raise InputError(f"The diagonal {shards.source} has another shape for {wrong[0]!r} than the model.")
+
+
+def _check_curvatures(base: Shards, curvatures: Sequence[Shards]) -> dict[str, Layer]:
+    """Return the layers that have factors in all curvatures, by the names of their weights and biases."""
+    found = [factored_layers(base, shards) for shards in curvatures]
+    for shards, layers in zip(curvatures, found, strict=True):
+        if layers != found[0]:
+            one = sorted(set(layers) ^ set(found[0])) or sorted(layers)
+            raise InputError(
+                f"{shards.source} and {curvatures[0].source} have factors for different tensors, such as {one[0]!r}. "
+                "Curvatures of one structure were expected."
+            )
+        _check_diagonals(base, shards, layers)
+    return found[0] if found else {}
+
+
+def _check_names(
+    base: Shards, other: Shards, wanted: Mapping[str, StoredTensor], besides: Collection[str] = ()
+) -> None:
+    missing = sorted(set(wanted) - set(other.tensors))
+    more = sorted(set(other.tensors) - set(base.tensors) - set(besides))
     if missing or more:
         raise InputError(
             f"{other.source} has not the tensors of {base.source}: it lacks {missing[:3]} ({len(missing)}) and has "

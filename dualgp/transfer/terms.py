@@ -122,8 +122,14 @@ def cross_entropy(likelihood: Likelihood, target: Tensor, f: Tensor) -> Tensor:
     """Return Σ over outputs of (A(f) − target · f)/φ for each datum, [n]: of labels or of soft ones.
 
     φ is the noise of a Gaussian likelihood, and 1 for the others. The gradient in f is (h(f) − target)/φ.
+
+    Raises:
+        InputError: unless there are as many targets as outputs.
     """
     check_canonical(likelihood)
+    if target.numel() != f.numel():
+        raise InputError(f"Expected outputs for targets {tuple(target.shape)}, got {tuple(f.shape)}.")
+    target = target.reshape(f.shape)  # [n] for outputs [n, 1]
     if type(likelihood) is SoftmaxLikelihood:
         return f.logsumexp(-1) - (target * f).sum(-1)
     if type(likelihood) is LogitBernoulliLikelihood:
@@ -136,9 +142,38 @@ def cross_entropy(likelihood: Likelihood, target: Tensor, f: Tensor) -> Tensor:
 
 
 def encoded(likelihood: Likelihood, y: Tensor, f: Tensor) -> Tensor:
-    """Return targets in the shape of f: one-hot for a softmax."""
+    """Return targets in the shape of f: one-hot for a softmax.
+
+    Raises:
+        InputError: if targets do not fit the outputs.
+    """
     if type(likelihood) is SoftmaxLikelihood:
+        if y.shape != f.shape[:1] or bool((y >= f.shape[-1]).any()):
+            raise InputError(
+                f"Expected classes 0 … {f.shape[-1] - 1} of {len(f)} data, [{len(f)}], got {tuple(y.shape)} and up to "
+                f"{y.max()}."
+            )
         return nn.functional.one_hot(y.long(), f.shape[-1]).to(f)
     if y.numel() != f.numel():
         raise InputError(f"Expected targets for outputs {tuple(f.shape)}, got {tuple(y.shape)}.")
     return y.reshape(f.shape).to(f)
+
+
+def check_targets(likelihood: Likelihood, y: Tensor) -> None:
+    """Raise unless targets can be of this likelihood: whole classes ≥ 0, in [0, 1], counts, or finite numbers.
+
+    Raises:
+        InputError: with the first that cannot.
+        UnsupportedError: if the likelihood has no canonical link.
+    """
+    check_canonical(likelihood)
+    kind = type(likelihood)
+    fits = y.isfinite() if y.is_floating_point() else torch.ones_like(y, dtype=torch.bool)
+    if kind is not GaussianLikelihood:
+        fits = fits & (y >= 0)
+    if kind is SoftmaxLikelihood:
+        fits = fits & (y == y.long())
+    if kind is LogitBernoulliLikelihood:
+        fits = fits & (y <= 1)
+    if not bool(fits.all()):
+        raise InputError(f"{kind.__name__} has no target {y[~fits].flatten()[0].item():g}.")

@@ -6,32 +6,15 @@ import numpy as np
 import pytest
 import torch
 from leaning import diabetes, relative
-from sitemodels import F64, flat, logistic, prior_of
-from sklearn.datasets import load_breast_cancer
+from sitemodels import F64, Client, clients, flat, joint, logistic, prior_of
 from torch import Tensor
 from toys import at, gap
 
 from dualgp import WeightPosterior, WeightSite, errors
 from dualgp.sites import add_precisions, apply_precision
-from dualgp.transfer.federated import ClientTask, FederatedServer, Reply
+from dualgp.transfer.clients import ClientTask, Reply
+from dualgp.transfer.federated import FederatedServer
 from dualgp.transfer.merging import expanded_site
-
-Client = tuple[Tensor, Tensor]
-
-
-def clients() -> list[Client]:
-    """Breast cancer, ten features and a bias, sorted by radius into five: the classes are 98 % to 1 % benign."""
-    X, y = load_breast_cancer(return_X_y=True)
-    X = X[:, :10]
-    X = np.c_[(X - X.mean(0)) / X.std(0), np.ones(len(X))]
-    order = np.argsort(X[:, 0])
-    rows = np.array_split(order, 5)
-    return [(torch.from_numpy(X[r]), torch.from_numpy(y[r]).double()) for r in rows]
-
-
-def joint(parts: list[Client]) -> tuple[Tensor, Tensor]:
-    X, y = (torch.cat(t) for t in zip(*parts, strict=True))
-    return logistic(X, y, prior_of(X.shape[1]))
 
 
 def rounds(

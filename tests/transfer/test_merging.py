@@ -224,7 +224,7 @@ def small_network() -> nn.Sequential:
 
 @pytest.mark.parametrize("limit", [2048, 1])
 def test_kronecker_posteriors_merge_as_their_dense_selves(limit, monkeypatch):
-    monkeypatch.setattr("dualgp.transfer.kronecker._DENSE", limit)  # 1: by conjugate gradients
+    monkeypatch.setattr("dualgp.transfer.precisions._DENSE", limit)  # 1: by conjugate gradients
     network, base_data = small_network(), torch.randn(30, 5, dtype=F64)
     layout = WeightLayout.of(network)
     delta = torch.linspace(0.5, 2.0, layout.size, dtype=F64)

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from gpytorch.likelihoods import SoftmaxLikelihood
 from safetensors.torch import load_file, save_file
+from torch import nn
 from toys import F64, gap
 
 from dualgp import WeightLayout, WeightPosterior, errors
 from dualgp.transfer import shards
+from dualgp.transfer.curvature import kronecker_curvature
+from dualgp.transfer.kronecker import KroneckerCurvature, KroneckerPosterior
 from dualgp.transfer.merging import fine_tuned, merge
 from dualgp.transfer.shards import merge_shards
 
@@ -158,3 +162,65 @@ def test_models_that_differ_are_refused(tmp_path):
     with pytest.raises(errors.InputError, match="a curvature for each of 1"):
         merge_shards(base, [good], tmp_path / "o", curvatures=[])
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("o")]
+
+
+def fitted_network(seed: int) -> tuple[nn.Sequential, KroneckerCurvature]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 5, bias=False)).double()
+    lik = SoftmaxLikelihood(num_classes=5, mixing_weights=False)
+    return net, kronecker_curvature(net, torch.randn(20, 4, dtype=F64), torch.randint(5, (20,)), lik)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dense", [2048, 1])
+def test_layers_with_factors_merge_as_in_memory(tmp_path, sharded, dense, monkeypatch):
+    """A weight and its bias lie in different shards, where there are two."""
+    monkeypatch.setattr("dualgp.transfer.precisions._DENSE", dense)
+    base, fits = fitted_network(0)[0], [fitted_network(seed) for seed in (1, 2, 3)]
+    layout, scales, weights = WeightLayout.of(base), (1.0, 10.0, 2.0), (0.7, 1.3, -0.01)
+    q0 = WeightPosterior(layout, prior_mean=layout.join(base.state_dict()), prior_precision=torch.tensor(2.0).double())
+    experts = [
+        KroneckerPosterior.fine_tuned(q0, layout.join(net.state_dict()), B * scale)
+        for (net, B), scale in zip(fits, scales, strict=True)
+    ]
+    merge_shards(
+        save(tmp_path / "base", base.state_dict(), sharded),
+        [save(tmp_path / f"m{i}", net.state_dict(), sharded) for i, (net, _) in enumerate(fits)],
+        tmp_path / "out",
+        curvatures=[save(tmp_path / f"c{i}", B.to_tensors()) for i, (_, B) in enumerate(fits)],
+        weights=weights,
+        scales=scales,
+        base_precision=2.0,
+    )
+    truth = layout.split(merge(experts, weights).mean)
+    found = load(tmp_path / "out")
+    assert found.keys() == truth.keys()
+    assert all(gap(found[name], value) < 1e-10 for name, value in truth.items())
+
+
+def test_factors_that_do_not_fit_are_refused(tmp_path):
+    (net, B), (other, _) = fitted_network(0), fitted_network(1)
+    base, model, good = save(tmp_path / "b", net.state_dict()), save(tmp_path / "m", other.state_dict()), B.to_tensors()
+    diagonal = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
+    cases = {
+        r"needs factors '0.weight.G' and .* got \(3, 3\) and None": {
+            n: t for n, t in good.items() if n != "0.weight.A"
+        },
+        r"needs factors .* got \(3, 3\) and \(7, 7\)": good | {"0.weight.A": torch.eye(7, dtype=F64)},
+        r"needs factors .* got \(2, 2\) and \(5, 5\)": good | {"0.weight.G": torch.eye(2, dtype=F64)},
+        r"needs factors .* got \(3, 3\) and \(3, 5\)": good | {"0.weight.A": torch.ones(3, 5, dtype=F64)},
+        r"lacks \['1.bias'\]": {n: t for n, t in good.items() if n != "1.bias"},
+        r"has \['4.weight.G'\]": good | {"4.weight.G": torch.eye(2)},
+        "'3.weight.A' in .* not finite": good | {"3.weight.A": torch.full((3, 3), torch.inf, dtype=F64)},
+    }
+    for i, (message, tensors) in enumerate(cases.items()):
+        with pytest.raises(errors.InputError, match=message):
+            merge_shards(base, [model], tmp_path / "o", curvatures=[save(tmp_path / f"c{i}", tensors)])
+    curvatures = [save(tmp_path / "cg", good), save(tmp_path / "cd", diagonal)]
+    with pytest.raises(errors.InputError, match="have factors for different tensors, such as '0.bias'"):
+        merge_shards(base, [model, model], tmp_path / "o", curvatures=curvatures)
+    with pytest.raises(errors.NotPositiveDefiniteError, match=r"No Gaussian is left in layer 0.weight"):
+        merge_shards(base, [model], tmp_path / "o", curvatures=curvatures[:1], weights=[-50.0])
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("o")]
+    with pytest.raises(errors.InputError, match="is not one product"):
+        (B + B).to_tensors()
