@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from dualgp.active.batch import Selection, select
 from dualgp.active.field import check_candidates
-from dualgp.active.scores import Rule, check_rule, random
+from dualgp.active.scores import RULES, Rule, random
 from dualgp.errors import InputError, check_count
+from dualgp.selection import check_rule
 
 Learn = Callable[[Any, Tensor, Tensor], Any]
 _VERSION = 1
@@ -133,7 +134,7 @@ class PoolLoop:
         check_candidates(pool, "The pool")
         if not duplicates:
             _check_distinct(pool)
-        self.pool, self.model, self.rule = pool, model, check_rule(rule)
+        self.pool, self.model, self.rule = pool, model, check_rule(rule, RULES)
         self.stop = Stop() if stop is None else stop
         self._learn, self._all_data = learn or learn_more, all_data
         self._options: dict[str, Any] = {"diverse": diverse, "shortlist": shortlist, "targets": targets, "level": level}

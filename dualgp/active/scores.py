@@ -27,6 +27,7 @@ from dualgp.active.field import Field, Learner, as_targets, check_candidates, jo
 from dualgp.errors import InputError
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
 from dualgp.quadrature import gauss_legendre
+from dualgp.selection import check_rule
 
 _CHUNK = 1024  # candidates that are held beside the targets at once
 
@@ -143,19 +144,6 @@ def random(c: Prospects) -> Tensor:
 RULES: dict[str, Rule] = {f.__name__: f for f in (entropy, bald, variance, leverage, boundary, reduction, random)}
 
 
-def check_rule(rule: str | Rule) -> Rule:
-    """Return the rule of a name, or the function given.
-
-    Raises:
-        InputError: if there is no such rule.
-    """
-    if callable(rule):
-        return rule
-    if rule not in RULES:
-        raise InputError(f"rule must be a function of Prospects or one of {sorted(RULES)}, got {rule!r}.")
-    return RULES[rule]
-
-
 def score(
     q: Learner,
     x: Tensor,
@@ -191,7 +179,7 @@ def score(
         >>> int(score(gp, torch.tensor([[-0.9], [0.0], [4.0]]), "entropy").argmin())  # the label at −0.9 is known best
         0
     """
-    rule = check_rule(rule)
+    rule = check_rule(rule, RULES)
     check_candidates(x)
     if rule is not reduction or targets is None:
         return checked(rule, prospects(q, x, level, generator, params))

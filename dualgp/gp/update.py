@@ -28,11 +28,12 @@ from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
 from dualgp.gp.hybrid import Anchor, Noise, Sample, residuals, stream_bound
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.memory import Candidates, Memory, Rule, choose
+from dualgp.gp.memory import Memory
 from dualgp.gp.mstep import m_step
 from dualgp.inducing import cheapest_to_drop, greedy_rows
 from dualgp.kernels import kernel_diagonal
 from dualgp.posterior import Posterior
+from dualgp.selection import Candidates, Rule, choose
 from dualgp.sites import Site, Sites
 
 M_ITERATIONS = 10
