@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import fitted
 from reference import numerical
-from toys import F64, gap, gaussian, line, matern, waves
+from toys import F64, gap, gaussian, line, matern, unchecked, waves
 
 from dualgp import DualGP, errors
 from dualgp.information import mutual_information
@@ -418,6 +418,37 @@ def test_a_model_never_fitted():
         DualGPModel(DualGP(matern(), gaussian()))
 
 
+@pytest.mark.parametrize("other", [None, torch.nn.Linear(1, 1)])
+def test_what_is_no_model_of_ours(other):
+    for make in (DualGPModel, BALD):
+        with unchecked(), pytest.raises(errors.InputError, match="DualGP"):
+            make(other)
+
+
+def test_inputs_that_are_not_finite():
+    with pytest.raises(errors.InputError, match="X must be finite"):
+        both()[0].posterior(T * torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (0.4, "True, False or a tensor"),
+        (torch.ones(7, 1, dtype=F64), r"\[..., 3, 1\] or \[..., 1, 1\], got \(7, 1\)"),
+        (torch.ones(3, 2, dtype=F64), "noise variances of shape"),
+        (-torch.ones(3, 1, dtype=F64), "positive variances"),
+        (torch.full((3, 1), torch.nan, dtype=F64), "positive variances"),
+    ],
+)
+def test_noise_that_is_none(noise, message):
+    model = both()[0]
+    with unchecked(), pytest.raises(errors.InputError, match=message):
+        model.posterior(T, observation_noise=noise)
+    if isinstance(noise, torch.Tensor):
+        with pytest.raises(errors.InputError, match="noise"):
+            model.condition_on_observations(T, T[..., :1], noise=noise)
+
+
 def test_a_batch_of_processes():
     with pytest.raises(errors.UnsupportedError, match="ModelList"):
         DualGPModel(fitted("batch of GPs")[0].gp)
@@ -434,6 +465,12 @@ def test_data_that_do_not_fit():
         model.condition_on_observations(T, T)
     with pytest.raises(errors.InputError, match="finite"):
         model.condition_on_observations(T, T[..., :1] * torch.nan)
+    with pytest.raises(errors.InputError, match="must broadcast"):
+        model.condition_on_observations(T, Y[:3].expand(5, 3, 1))
+    with pytest.raises(errors.InputError, match="must broadcast"):
+        labels.condition_on_observations(T, (Y[:3] > 0).double().expand(5, 3, 1))
+    with unchecked(), pytest.raises(errors.InputError, match=r"torch\.Tensor"):
+        model.condition_on_observations(T, Y.numpy())
     with pytest.raises(errors.InputError, match="finite"):
         model.condition_on_observations(T * torch.nan, T[..., :1])
     with pytest.raises(errors.InputError, match="float64"):

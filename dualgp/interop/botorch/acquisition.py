@@ -9,7 +9,7 @@ from botorch.utils.transforms import t_batch_mode_transform
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.errors import UnsupportedError
+from dualgp.errors import InputError, UnsupportedError
 from dualgp.information import mutual_information
 from dualgp.interop.botorch.model import DualGPModel
 
@@ -23,12 +23,15 @@ class BALD(AcquisitionFunction):
         model: a `DualGPModel` of any likelihood but softmax; for that, choose from a pool with `dualgp.active`.
 
     Raises:
+        InputError: for another model.
         UnsupportedError: for softmax.
 
     Source: Houlsby et al. 2011.
     """
 
     def __init__(self, model: DualGPModel) -> None:
+        if not isinstance(model, DualGPModel):
+            raise InputError(f"BALD needs a DualGPModel, got {type(model).__name__}.")
         super().__init__(model)
         if isinstance(model.likelihood, SoftmaxLikelihood):
             raise UnsupportedError("BALD of a softmax has no gradient here: choose from a pool with dualgp.active.")

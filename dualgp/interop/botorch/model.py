@@ -26,7 +26,7 @@ from dualgp.gp.data import Data, check_inputs
 from dualgp.gp.memory import Memory
 from dualgp.gp.model import DualGP
 from dualgp.information import expected_beta
-from dualgp.interop.botorch.given import joined, with_gaussian
+from dualgp.interop.botorch.given import check_noise, check_outcomes, joined, with_gaussian
 from dualgp.kernels import frozen_copy
 from dualgp.linalg import symmetrise
 from dualgp.posterior import Posterior
@@ -52,6 +52,7 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
             labels is off by up to a seventh of what it changes in the mean, and by up to a half in the variance.
 
     Raises:
+        InputError: for what is no `DualGP`.
         NotFittedError: if the model was never fitted.
         UnsupportedError: for a batch of processes, or an outcome transform of targets that are not Gaussian.
 
@@ -78,6 +79,8 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
         recall: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(gp, DualGP):
+            raise InputError(f"DualGPModel wraps a fitted DualGP, got {type(gp).__name__}.")
         base = gp.posterior
         C = base.basis.num_outputs
         if len(base.basis.batch_shape) != (C is not None):
@@ -172,11 +175,13 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
             posterior_transform: BoTorch's.
 
         Raises:
-            InputError: for X of the wrong shape or dtype.
+            InputError: for X of the wrong shape, dtype or value, or noise that is none.
             UnsupportedError: for the noise of a softmax likelihood, which couples the outputs.
         """
         self.eval()
         X = self.transform_inputs(X)
+        self._base.basis.check_inputs(X)
+        check_inputs(X)
         mean, cov = (self._given or self._base).joint(X)  # [*b, q] or [*b, C, q]
         if observation_noise is not False:
             cov = cov + torch.diag_embed(self._noise(mean, cov, observation_noise))
@@ -215,13 +220,7 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
         self._base.basis.check_inputs(X)
         check_inputs(X)
         columns = 1 if isinstance(self.likelihood, SoftmaxLikelihood) else self.num_outputs
-        if Y.ndim < 2 or Y.shape[-1] != columns or Y.shape[-2] != X.shape[-2]:
-            raise InputError(
-                f"Expected Y of shape [..., {X.shape[-2]}, {columns}] to go with X {tuple(X.shape)}, got "
-                f"{tuple(Y.shape)}."
-            )
-        if not bool(Y.isfinite().all()):
-            raise InputError(f"Y must be finite; {int((~Y.isfinite()).sum())} values are NaN or infinite.")
+        check_outcomes(Y, X, columns)
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=X)
         if is_gaussian(self.likelihood):
@@ -299,7 +298,10 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
     def _noise(self, mean: Tensor, cov: Tensor, given: bool | Tensor) -> Tensor:
         """Noise variances, data last, that broadcast with the means."""
         if isinstance(given, Tensor):
+            check_noise(given, mean.shape[-1], self._base.basis.num_outputs or 1)
             return self._data_last(given).expand(mean.shape)
+        if not isinstance(given, bool):
+            raise InputError(f"observation_noise must be True, False or a tensor of variances, got {given!r}.")
         fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
         noise = self.likelihood.noise.mean() if fixed else gaussian_noise(self.likelihood)
         if noise is not None:
