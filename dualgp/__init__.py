@@ -38,7 +38,7 @@ from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
 from dualgp.gp.exact import BoundGradient, ExactGP, ExactResult
 from dualgp.gp.fit import FitResult
-from dualgp.gp.memory import Candidates, Memory
+from dualgp.gp.memory import Memory
 from dualgp.gp.model import DualGP
 from dualgp.gp.stream import UpdateResult
 from dualgp.inducing import greedy_variance
@@ -65,6 +65,7 @@ from dualgp.nets.convert import from_weight_decay, network_gp
 from dualgp.nets.posterior import NetworkPosterior
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
+from dualgp.selection import Candidates
 from dualgp.sites import Site, Sites, WeightSite
 from dualgp.transfer import merge
 from dualgp.weights import WeightLayout, WeightPosterior

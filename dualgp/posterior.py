@@ -113,7 +113,7 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if x or z has the wrong shape, dtype or device.
         """
-        cross = self._halves(x) @ self._halves(z).mT
+        cross = self.halves(x) @ self.halves(z).mT
         C = self.basis.num_outputs
         if self.basis.coupled:
             return cross.unflatten(-1, (-1, C)).unflatten(0, (-1, C))
@@ -125,7 +125,12 @@ class Posterior(Generic[BasisT]):
         """C⁻¹φ by rows, so that φP⁻¹φᵀ is a product of two; float64."""
         return mul_lower(phi, self.chol_inv, transpose=True).double()
 
-    def _halves(self, x: Tensor) -> Tensor:
+    def halves(self, x: Tensor) -> Tensor:
+        """Return C⁻¹φ(x) by rows in float64, [*b, T, M], whose products are the parametric covariances φP⁻¹φᵀ.
+
+        Raises:
+            InputError: if x has the wrong shape, dtype or device.
+        """
         self.basis.check_inputs(x)
         parts = [self._half(features.phi) for _, features in self.basis.blocks(x)]
         return torch.cat(parts, -2) if parts else self.chol_inv[..., :0, :]

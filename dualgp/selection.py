@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -107,7 +108,10 @@ def balanced(data: Candidates) -> Tensor:
 RULES: dict[str, Rule] = {f.__name__: f for f in (leverage, sensitivity, random, recency, balanced)}
 
 
-def check_rule(rule: str | Rule) -> Rule:
+R = TypeVar("R", bound=Callable[..., Tensor])
+
+
+def check_rule(rule: str | R, rules: Mapping[str, R], what: str = "rule") -> R:
     """Return the rule of a name, or the function given.
 
     Raises:
@@ -115,9 +119,9 @@ def check_rule(rule: str | Rule) -> Rule:
     """
     if callable(rule):
         return rule
-    if rule not in RULES:
-        raise InputError(f"memory_rule must be a function or one of {sorted(RULES)}, got {rule!r}.")
-    return RULES[rule]
+    if not isinstance(rule, str) or rule not in rules:
+        raise InputError(f"{what} must be a function or one of {sorted(rules)}, got {rule!r}.")
+    return rules[rule]
 
 
 def choose(rule: Rule, candidates: Candidates, capacity: int) -> Tensor:

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualgp.active.field import Learner, check_candidates, is_coupled, num_outputs
-from dualgp.active.scores import Rule, after, check_rule, checked, random, reduction, score, with_targets
+from dualgp.active.scores import RULES, Rule, after, checked, random, reduction, score, with_targets
 from dualgp.errors import InputError, check_count
+from dualgp.selection import check_rule
 
 _ROWS = 4000  # of the covariance that is held for coupled outputs
 _NUMBERS = 1 << 24  # in that of independent ones
@@ -75,7 +76,7 @@ def select(
         >>> sorted(select(gp, candidates, 2).indices.tolist())[-1]  # one of the twins, and the other side
         2
     """
-    rule = check_rule(rule)
+    rule = check_rule(rule, RULES)
     check_candidates(x)
     check_count("count", count, 1)
     if count > len(x):

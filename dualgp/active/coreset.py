@@ -79,8 +79,9 @@ def core_set(
     if by == "variance":
         return _greedy(q, x, sites, count, shortlist)
     if by == "influence":
-        if validation is None:
+        if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise InputError('"influence" is on the loss of validation data: give validation=(x, y).')
+        check_candidates(validation[0], "Validation inputs")
         scores = validation_influence(q, x, sites, *validation)
     else:
         scores = leverage(q, x, sites) if by == "leverage" else sensitivity(q, x, sites).score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
+from dualgp.duals import check_param_names
 from dualgp.errors import InputError
 from dualgp.influence.blocks import bare
 from dualgp.information import expected_beta
@@ -46,6 +48,32 @@ def check_candidates(x: Tensor, what: str = "Candidates") -> None:
             f"{what} must be finite; {int(bad.sum())} of {len(x)} rows hold NaN or infinity, the first being row "
             f"{int(bad.nonzero()[0])}."
         )
+
+
+def check_learner(q: object) -> None:
+    """Raise unless q is a model that can be asked.
+
+    Raises:
+        InputError: saying what came.
+    """
+    posterior = inspect.getattr_static(q, "posterior", None)
+    if posterior is None or inspect.isfunction(posterior) or not isinstance(getattr(q, "likelihood", None), Likelihood):
+        raise InputError(f"Expected a fitted DualGP or a NetworkPosterior, got {type(q).__name__}.")
+
+
+def check_params(likelihood: Likelihood, params: dict[str, Tensor], n: int) -> None:
+    """Raise unless the likelihood takes these parameters, and there is one finite value for each of n candidates.
+
+    Raises:
+        InputError: with the first that is not.
+    """
+    check_param_names(likelihood, params)
+    for name, values in params.items():
+        if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != n or not bool(values.isfinite().all()):
+            came = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(f"{name}= must be a torch.Tensor of one finite value per candidate, [{n}]; got {came}.")
+        if name == "noise" and not bool((values > 0).all()):
+            raise InputError(f"noise= must be positive variances; the smallest is {values.min().item():g}.")
 
 
 def is_coupled(q: Learner) -> bool:

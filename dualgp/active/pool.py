@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 
 from dualgp.active.batch import Selection, select
 from dualgp.active.field import check_candidates
-from dualgp.active.scores import Rule, check_rule, random
+from dualgp.active.scores import RULES, Rule, random
 from dualgp.errors import InputError, check_count
+from dualgp.fingerprints import fingerprints
+from dualgp.selection import check_rule
 
 Learn = Callable[[Any, Tensor, Tensor], Any]
 _VERSION = 1
@@ -32,7 +34,7 @@ class Stop:
         patience: see `tol`.
 
     Raises:
-        InputError: for a budget or patience below 1.
+        InputError: for a budget or patience below 1, or a tol that is no number.
     """
 
     budget: int | None = None
@@ -41,6 +43,8 @@ class Stop:
 
     def __post_init__(self) -> None:
         check_count("patience", self.patience, 1)
+        if self.tol is not None and not (isinstance(self.tol, float | int) and math.isfinite(self.tol)):
+            raise InputError(f"tol must be a finite number, got {self.tol!r}.")
         if self.budget is not None:
             check_count("budget", self.budget, 1)
 
@@ -63,6 +67,8 @@ def learn_more(model: Any, x: Tensor, y: Tensor, *, growth: float | int = 1.25) 
     if not growth >= 1:
         raise InputError(f"growth is a factor of at least 1, got {growth}.")
     if not hasattr(model, "update"):
+        if not hasattr(model, "condition"):
+            raise InputError(f"Expected a DualGP or a NetworkPosterior, got {type(model).__name__}: say learn=.")
         return model.condition(x, y)
     model = copy.deepcopy(model)
     seen = 0 if model.num_seen is None else int(model.num_seen)
@@ -133,7 +139,7 @@ class PoolLoop:
         check_candidates(pool, "The pool")
         if not duplicates:
             _check_distinct(pool)
-        self.pool, self.model, self.rule = pool, model, check_rule(rule)
+        self.pool, self.model, self.rule = pool, model, check_rule(rule, RULES)
         self.stop = Stop() if stop is None else stop
         self._learn, self._all_data = learn or learn_more, all_data
         self._options: dict[str, Any] = {"diverse": diverse, "shortlist": shortlist, "targets": targets, "level": level}
@@ -197,7 +203,7 @@ class PoolLoop:
         Raises:
             InputError: for a row that there is not, is labelled already or comes twice, or labels that do not fit.
         """
-        ids = torch.as_tensor(ids, dtype=torch.long).cpu()
+        ids = _as_rows(ids)
         self._check(ids, y)
         asked = self._asked
         told = asked is not None and torch.equal(asked.indices.cpu(), ids)
@@ -236,6 +242,7 @@ class PoolLoop:
         return {
             "version": _VERSION,
             "size": len(self.pool),
+            "pool": int(fingerprints(self.pool.reshape(1, -1))),
             "seed": self._seed,
             "ids": self.ids,
             "y": self.y,
@@ -247,20 +254,28 @@ class PoolLoop:
         """Return the loop that was saved, of the same model, pool and settings as this new one: it learns anew.
 
         Raises:
-            InputError: if the state is not of this pool, or this loop has been told labels.
+            InputError: if the state is not of this pool or is damaged, or this loop has been told labels.
         """
         if self._rounds:
             raise InputError("This loop has been told labels already; load into a new one.")
-        if state.get("version") != _VERSION or state.get("size") != len(self.pool):
+        mine = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != mine.keys():
+            raise InputError(f"Expected what state_dict returned, with {sorted(mine)}; got another thing.")
+        if (state["version"], state["size"]) != (_VERSION, len(self.pool)):
             raise InputError(
                 f"Expected the state of a loop over {len(self.pool)} rows (version {_VERSION}), got one over "
-                f"{state.get('size')} (version {state.get('version')})."
+                f"{state['size']} (version {state['version']})."
             )
-        loop = copy.copy(self)
+        if state["pool"] != mine["pool"]:
+            raise InputError("The state is of a loop over another pool: give this one the rows of that one, in order.")
+        loop, rounds = copy.copy(self), state["rounds"]
         loop._seed = state["seed"]
-        if not state["rounds"]:
+        told = 0 if state["y"] is None else len(state["y"])
+        if not sum(rounds) == len(state["ids"]) == told or len(rounds) != len(state["best"]):
+            raise InputError("The state is damaged: its rounds, rows, labels and scores do not go together.")
+        if not rounds:
             return loop
-        parts = zip(state["ids"].split(state["rounds"]), state["y"].split(state["rounds"]), state["best"], strict=True)
+        parts = zip(state["ids"].split(rounds), state["y"].split(rounds), state["best"], strict=True)
         for ids, y, best in parts:
             loop._check(ids, y)
             loop = loop._with(_Round(ids, y, float(best)))
@@ -307,6 +322,16 @@ class _Round:
     ids: Tensor
     y: Tensor
     best: float
+
+
+def _as_rows(ids: Any) -> Tensor:
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"Rows of the pool must be whole numbers, got {ids!r}.") from e
+    if len(rows.reshape(-1)) and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
+        raise InputError(f"Rows of the pool must be whole numbers, got {rows.dtype}.")
+    return rows.long().cpu()
 
 
 def _check_distinct(pool: Tensor) -> None:

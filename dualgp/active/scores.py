@@ -23,10 +23,20 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
-from dualgp.active.field import Field, Learner, as_targets, check_candidates, joint_field, moments
+from dualgp.active.field import (
+    Field,
+    Learner,
+    as_targets,
+    check_candidates,
+    check_learner,
+    check_params,
+    joint_field,
+    moments,
+)
 from dualgp.errors import InputError
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
 from dualgp.quadrature import gauss_legendre
+from dualgp.selection import check_rule
 
 _CHUNK = 1024  # candidates that are held beside the targets at once
 
@@ -143,19 +153,6 @@ def random(c: Prospects) -> Tensor:
 RULES: dict[str, Rule] = {f.__name__: f for f in (entropy, bald, variance, leverage, boundary, reduction, random)}
 
 
-def check_rule(rule: str | Rule) -> Rule:
-    """Return the rule of a name, or the function given.
-
-    Raises:
-        InputError: if there is no such rule.
-    """
-    if callable(rule):
-        return rule
-    if rule not in RULES:
-        raise InputError(f"rule must be a function of Prospects or one of {sorted(RULES)}, got {rule!r}.")
-    return RULES[rule]
-
-
 def score(
     q: Learner,
     x: Tensor,
@@ -191,11 +188,20 @@ def score(
         >>> int(score(gp, torch.tensor([[-0.9], [0.0], [4.0]]), "entropy").argmin())  # the label at −0.9 is known best
         0
     """
-    rule = check_rule(rule)
+    rule = check_rule(rule, RULES)
+    check_learner(q)
     check_candidates(x)
+    check_params(q.likelihood, params, len(x))
+    if level is not None and not math.isfinite(level):
+        raise InputError(f"level must be a finite number, got {level}.")
     if rule is not reduction or targets is None:
         return checked(rule, prospects(q, x, level, generator, params))
     check_candidates(targets, "Targets")
+    if targets.shape[1:] != x.shape[1:] or targets.dtype != x.dtype or targets.device != x.device:
+        raise InputError(
+            f"Targets must be like the candidates, rows {tuple(x.shape[1:])} in {x.dtype} on {x.device}; got "
+            f"{tuple(targets.shape[1:])} in {targets.dtype} on {targets.device}."
+        )
     parts = []
     for start in range(0, len(x), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -245,9 +251,10 @@ def checked(rule: Rule, c: Prospects) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != (len(c.mean),):
         came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"A rule must return one score per candidate, shape ({len(c.mean)},); got {came}.")
-    if bool(found.isnan().any()):
-        raise InputError(f"A rule must return numbers; {int(found.isnan().sum())} of {len(found)} are NaN.")
-    return found.double()
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise InputError(f"A rule must return finite numbers; {bad} of {len(found)} are NaN or infinite.")
+    return found.detach().double().clone()  # its own, whatever the rule does with what it returned
 
 
 def _one_output(c: Prospects, name: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from dualgp.distributed import Ranks
 from dualgp.duals import check_likelihood, has_batch_shape, num_outputs_of
 from dualgp.errors import InputError, UnsupportedError
-from dualgp.gp.memory import Rule, check_rule
 from dualgp.kernels import check_kernel, describe
+from dualgp.selection import RULES, Rule, check_rule
 
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP
@@ -66,7 +66,7 @@ def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> No
         raise InputError(f"window must be at least 1 and stand in place of memory; got {window} and {memory}.")
     if memory is not None and memory < 0:
         raise InputError(f"memory must be at least 0, got {memory}.")
-    check_rule(rule)
+    check_rule(rule, RULES, "memory_rule")
 
 
 def check_fit(tol: float, max_rounds: int, batch_size: int | None) -> None:

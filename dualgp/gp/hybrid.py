@@ -173,15 +173,17 @@ def batch_bound(
     return scale * terms.fit - (terms.kl - hyper.log_prior()) / ranks.size
 
 
-def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor, sample: Sample | None = None) -> Tensor:
-    """Return the bound on all that a stream has seen: `data` with its sites, and what is forgotten in `old`.
+def stream_bound(hyper: Hyper, data: Data, sites: Sites, old: Anchor | None, sample: Sample | None = None) -> Tensor:
+    """Return the bound on all that a stream has seen: `data` with its sites, and what is forgotten in `old`, if any.
 
     Σ E_q[log p(y_i|f_i)] + E_q[log t_old(u)] − KL(q ‖ p) + log p(θ); arguments and errors as in `batch_bound`. Where
     there is no `sample`, forgotten data are taken to keep their residuals.
     """
     terms = _terms(hyper, data, sites, old, with_old=True)
     value = terms.fit + terms.old - terms.kl + hyper.log_prior()
-    return value if sample is None else value - 0.5 * old.power_of(hyper) * sample.change(terms.residual)
+    if old is None or sample is None:
+        return value
+    return value - 0.5 * old.power_of(hyper) * sample.change(terms.residual)
 
 
 @torch.no_grad()

@@ -9,33 +9,7 @@ from torch import Tensor
 
 from dualgp.errors import InputError
 from dualgp.gp.data import Data
-from dualgp.selection import (
-    RULES,
-    Candidates,
-    Rule,
-    balanced,
-    check_rule,
-    choose,
-    leverage,
-    random,
-    recency,
-    sensitivity,
-)
 from dualgp.sites import Sites
-
-__all__ = [
-    "RULES",
-    "Candidates",
-    "Memory",
-    "Rule",
-    "balanced",
-    "check_rule",
-    "choose",
-    "leverage",
-    "random",
-    "recency",
-    "sensitivity",
-]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from dualgp.gp.data import Data, check_inputs, check_training_data, check_weight
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
 from dualgp.gp.fitted import FittedGP
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.memory import RULES, Memory, Rule, check_rule
+from dualgp.gp.memory import Memory
 from dualgp.gp.minibatch import Batches, TensorBatches
 from dualgp.gp.progress import Progress
 from dualgp.gp.start import workable_start
@@ -33,6 +33,7 @@ from dualgp.gp.stop import Stop
 from dualgp.gp.stream import UpdateResult
 from dualgp.gp.update import Settings
 from dualgp.posterior import Posterior
+from dualgp.selection import RULES, Rule, check_rule
 
 
 class DualGP(FittedGP):
@@ -296,18 +297,26 @@ class DualGP(FittedGP):
         check_inputs(inducing_points, num_dims=self.posterior.basis.inducing_points.shape[-1], what="inducing_points")
         stream.move_inducing(self, inducing_points)
 
-    def condition(self, X: Tensor, y: Tensor, **params: Tensor) -> Conditioned:
+    def condition(self, X: Tensor, y: Tensor, *, recall: bool = False, **params: Tensor) -> Conditioned:
         """Return the model given more data, as a value, at these hyperparameters; this one is untouched.
 
         Exact in the new data (as if Z took in X), for any likelihood; X may have batch dimensions [*b, n, D] (with y
         [*b, n]), and the result is differentiable in X: fantasies, for Bayesian optimisation.
+
+        Args:
+            X: new inputs.
+            y: their targets.
+            recall: whether the sites of what memory holds are found anew too, at (memory + n)² numbers for each of the
+                batch: a refit at Z ∪ X, if memory and Z hold all data. Else old sites stay where they are, which for
+                labels and counts is an approximation of the variance; Gaussian sites never change.
+            params: per-datum parameters, such as `noise`.
 
         Raises:
             InputError: for data of the wrong shape, dtype, device or value.
         """
         data = self._check(X, y, **params)
         self.posterior.basis.check_inputs(X)
-        return condition(self.posterior, self.likelihood, data)
+        return condition(self.posterior, self.likelihood, data, self.memory if recall else None)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to a safetensors file, atomically: a stream goes on from it to the same last bit.
@@ -369,7 +378,7 @@ class DualGP(FittedGP):
         capacity = self.window or self.memory_size
         if capacity is None:
             capacity = max(100, 2 * limit, 40 * (self.num_outputs or 1))
-        rule = check_rule("recency" if self.window else self.memory_rule)
+        rule = check_rule("recency" if self.window else self.memory_rule, RULES, "memory_rule")
         fair = rule is RULES["random"]
         return Settings(limit, capacity, rule, fair, move_inducing, self.window is not None, tol)
 

@@ -14,11 +14,11 @@ from gpytorch.means import Mean
 from dualgp import files
 from dualgp.errors import InputError, NotFittedError
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.memory import Rule
 from dualgp.gp.progress import Checkpoint
 from dualgp.gp.stream import BUFFERS
 from dualgp.kernels import describe
 from dualgp.posterior import Posterior
+from dualgp.selection import Rule
 
 if TYPE_CHECKING:
     from dualgp.gp.model import DualGP

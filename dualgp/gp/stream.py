@@ -17,12 +17,13 @@ from dualgp.gp import update
 from dualgp.gp.data import Data
 from dualgp.gp.fit import Outcome
 from dualgp.gp.hybrid import Noise
-from dualgp.gp.memory import Memory, choose
+from dualgp.gp.memory import Memory
 from dualgp.gp.start import workable_start
 from dualgp.gp.update import Settings, State
 from dualgp.inducing import greedy_variance
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive
+from dualgp.selection import choose
 from dualgp.sites import Site, Sites
 
 if TYPE_CHECKING:

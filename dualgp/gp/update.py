@@ -28,11 +28,12 @@ from dualgp.gp.data import Data, gaussian_spread
 from dualgp.gp.estep import EStep, Source, e_step
 from dualgp.gp.hybrid import Anchor, Noise, Sample, residuals, stream_bound
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.memory import Candidates, Memory, Rule, choose
+from dualgp.gp.memory import Memory
 from dualgp.gp.mstep import m_step
 from dualgp.inducing import cheapest_to_drop, greedy_rows
 from dualgp.kernels import kernel_diagonal
 from dualgp.posterior import Posterior
+from dualgp.selection import Candidates, Rule, choose
 from dualgp.sites import Site, Sites
 
 M_ITERATIONS = 10
@@ -63,6 +64,11 @@ class State:
     def basis(self) -> InducingBasis:
         """The coordinates of posterior and rest."""
         return self.posterior.basis
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether nothing is forgotten, so that `rest` is one and need not be carried anywhere."""
+        return self.num_rest == 0 and not bool(self.rest.lam.any() or self.rest.B.any())
 
 
 class Settings(NamedTuple):
@@ -119,6 +125,9 @@ def _joined(old: Memory | None, batch: Memory) -> tuple[Tensor, Tensor]:
 
 def move(state: State, basis: InducingBasis) -> State:
     """Return the state at another Z (same hyperparameters): rest pulled back, memory expanded anew."""
+    if state.holds_all:
+        rest = Site.zero(basis.batch_shape, basis.size, basis.device)
+        return replace(state, posterior=assemble(basis, rest, state.memory), rest=rest)
     A, shift = state.basis.change_to(basis)
     rest = state.rest.pull_back(A, shift)
     noise = state.noise
@@ -180,7 +189,7 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
     `hyper` is changed in place, and takes the state's Z. A step is short, M_ITERATIONS of L-BFGS inside a trust region.
     """
     hyper.set_inducing(state.basis.inducing_points)
-    anchor = Anchor.of(state.basis, state.rest, state.noise)
+    anchor = None if state.holds_all else Anchor.of(state.basis, state.rest, state.noise)
     sample = fair_sample(state, hyper, sites) if settings.fair else None
     parameters = hyper.trained()
 
@@ -194,13 +203,14 @@ def learn_hyperparameters(state: State, hyper: Hyper, data: Data, sites: Sites, 
 
     m_step(hyper, evaluate, max(1, data.count), max_iter=M_ITERATIONS, tol=0.1 * settings.tol, radius=TRUST_RADIUS)
     hyper.round()
-    basis = hyper.basis()
-    T, shift = anchor.map_from(hyper, basis.expand(basis.inducing_points), basis.L)
-    rest, noise = anchor.along(hyper, T, shift), state.noise
-    if noise is not None:
-        noise = noise.shifted(state.rest, shift)
-        if sample is not None and state.memory is not None:
+    basis, rest, noise = hyper.basis(), state.rest, state.noise
+    if anchor is not None:
+        T, shift = anchor.map_from(hyper, basis.expand(basis.inducing_points), basis.L)
+        rest = anchor.along(hyper, T, shift)
+        noise = None if noise is None else noise.shifted(state.rest, shift)
+        if noise is not None and sample is not None and state.memory is not None:
             noise = noise._replace(power=noise.power + float(sample.change(residuals(hyper, state.memory.data.x))))
+    if noise is not None:
         noise = noise.under(float(hyper.likelihood.noise.detach().sum()))
     return replace(state, posterior=assembled(basis, rest, data.x, sites), rest=rest, noise=noise)
 

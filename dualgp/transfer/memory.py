@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from dualgp.errors import InputError, check_count
 from dualgp.laplace import laplace_sites
-from dualgp.selection import Candidates, Rule, check_rule, choose
+from dualgp.selection import RULES, Candidates, Rule, check_rule, choose
 from dualgp.transfer.terms import check_canonical
 
 
@@ -121,7 +121,7 @@ def select_memory(
 
     multi = f.ndim == 2
     x = torch.zeros(len(f), 0, dtype=torch.float64)
-    return choose(check_rule(rule), Candidates(x, y, torch.arange(len(f)), keys, multi, moments), size)
+    return choose(check_rule(rule, RULES), Candidates(x, y, torch.arange(len(f)), keys, multi, moments), size)
 
 
 @dataclass(frozen=True, eq=False)

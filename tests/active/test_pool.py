@@ -8,7 +8,7 @@ import torch
 from gpytorch.likelihoods import BernoulliLikelihood
 from netproblems import NET, SOFTMAX, Y
 from netproblems import X as X_NET
-from toys import gap, gaussian, line, matern, unchecked, waves
+from toys import F64, gap, gaussian, line, matern, unchecked, waves
 
 from dualgp import DualGP, errors, network_gp
 from dualgp.active import PoolLoop, Stop, learn_more, select
@@ -231,6 +231,42 @@ def test_a_model_that_knows_nothing():
     assert len(PoolLoop(model(), X, "random").ask(5)) == 5
 
 
+@pytest.mark.parametrize("ids", [[1.7], torch.tensor([True, False]), "ab"])
+def test_rows_that_are_no_numbers(ids):
+    with unchecked(), pytest.raises(errors.InputError, match="must be whole numbers"):
+        loop().tell(ids, torch.ones(len(ids), dtype=F64))
+
+
+def test_what_learns_nothing():
+    with unchecked(), pytest.raises(errors.InputError, match="say learn="):
+        learn_more(torch.nn.Linear(1, 1), X, X[:, 0])
+    with unchecked(), pytest.raises(errors.InputError, match="got NoneType"):
+        loop(learn=lambda model, x, y: None).ask()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: None, "what state_dict returned"),
+        (lambda s: {k: v for k, v in s.items() if k != "y"}, "what state_dict returned"),
+        (lambda s: {**s, "rounds": [1]}, "damaged"),
+        (lambda s: {**s, "best": s["best"][:0]}, "damaged"),
+        (lambda s: {**s, "y": None}, "damaged"),
+        (lambda s: {**s, "ids": s["ids"] * 0}, "come twice"),
+    ],
+)
+def test_a_state_that_is_damaged(change, message):
+    with unchecked(), pytest.raises(errors.InputError, match=message):
+        PoolLoop(model(), X).load_state_dict(change(loop().state_dict()))
+
+
+def test_a_state_of_another_pool_of_the_same_size():
+    state = loop().state_dict()
+    for other in (X + 1e-9, X.flip(0)):
+        with pytest.raises(errors.InputError, match="another pool"):
+            PoolLoop(model(), other).load_state_dict(state)
+
+
 def test_a_state_of_another_loop():
     state = loop().state_dict()
     with pytest.raises(errors.InputError, match="a loop over 50 rows"):
@@ -239,7 +275,7 @@ def test_a_state_of_another_loop():
         loop().load_state_dict(state)
 
 
-@pytest.mark.parametrize("stop", [{"budget": 0}, {"patience": 0}])
+@pytest.mark.parametrize("stop", [{"budget": 0}, {"patience": 0}, {"tol": float("nan")}])
 def test_a_stopping_rule_that_is_none(stop):
-    with pytest.raises(errors.InputError, match="at least 1"):
+    with pytest.raises(errors.InputError, match="at least 1|a finite number"):
         Stop(**stop)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, fitted
-from gpytorch.likelihoods import BernoulliLikelihood
+from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood
 from netproblems import NET, REGRESSOR, SOFTMAX, TARGETS, TEST, X_NEW, Y
 from netproblems import X as X_NET
 from netproblems import gaussian as network_noise
@@ -242,12 +242,51 @@ def test_a_model_never_fitted():
         ({"rule": "nonsense"}, "one of .*bald"),
         ({"rule": "reduction"}, "needs targets="),
         ({"rule": "reduction", "targets": TARGETS_2D[:0]}, "Targets must have at least one row"),
+        ({"rule": "reduction", "targets": TARGETS_2D[:, :1]}, "Targets must be like the candidates"),
+        ({"rule": "reduction", "targets": TARGETS_2D.float()}, "Targets must be like the candidates"),
+        ({"rule": "boundary", "level": float("nan")}, "level must be a finite number"),
+        ({"rule": lambda c: torch.full((len(c.mean),), -torch.inf)}, "finite numbers; 12 of 12"),
+        ({"noise": torch.ones(12, dtype=F64)}, "takes no noise="),
         ({"shortlist": 2}, "shortlist"),
     ],
 )
 def test_what_cannot_be_chosen_from(arguments, message):
     with pytest.raises(errors.InputError, match=message):
         select(labels(), **{"x": POOL, "count": 3, "rule": "bald", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (torch.ones(3, dtype=F64), r"one finite value per candidate, \[12\]; got \(3,\)"),
+        (1.0, "got float"),
+        (torch.full((12,), torch.nan, dtype=F64), "one finite value"),
+        (-torch.ones(12, dtype=F64), "positive variances"),
+    ],
+)
+def test_noise_that_is_none(noise, message):
+    one = torch.ones(12, dtype=F64)
+    gp = DualGP(matern(), FixedNoiseGaussianLikelihood(one), num_inducing=6)
+    gp.update(POOL, one, noise=one, learn_hyperparameters=False)
+    assert len(select(gp, POOL, 2, noise=one).indices) == 2
+    with pytest.raises(errors.InputError, match=message), unchecked():
+        select(gp, POOL, 2, noise=noise)
+
+
+def test_what_is_no_model():
+    gp = labels()
+    for other in (None, torch.nn.Linear(2, 1), gp.posterior, gp.kernel):
+        with unchecked(), pytest.raises(errors.InputError, match="Expected a fitted DualGP or a NetworkPosterior"):
+            score(other, POOL)
+
+
+def test_a_rule_keeps_what_it_returned():
+    """A choice strikes out what is chosen: not in the rule's own tensor, nor in the prospects that it returned."""
+    kept = torch.arange(12, dtype=F64)
+    select(labels(), POOL, 3, lambda c: kept)
+    assert torch.equal(kept, torch.arange(12, dtype=F64))
+    found = select(labels(), POOL, 3, lambda c: c.mean[:, 0])
+    assert found.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("rule", ["boundary", "reduction"])

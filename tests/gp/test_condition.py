@@ -19,6 +19,7 @@ from toys import F64, at, gap, gaussian, line, matern, waves
 
 from dualgp import DualGP
 from dualgp.basis import InducingBasis
+from dualgp.gp import stream
 from dualgp.gp.data import Data
 from dualgp.gp.estep import EStep, Source, e_step
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
@@ -31,6 +32,7 @@ JITTER = 1e-12
 Z = line(-1.5, 1.5, 6)
 X = line(-1.4, 1.3, 5)
 T = line(-2, 2, 9)
+APART = line(-1.95, 1.9, 12)
 
 NON_GAUSSIAN = {
     "probit": (BernoulliLikelihood, lambda f: (f > 0).double()),
@@ -41,18 +43,21 @@ NON_GAUSSIAN = {
 }
 
 
-def base(likelihood, y, x: torch.Tensor | None = None, mean=None, num_outputs=None, kernel=None) -> DualGP:
+def base(
+    likelihood, y, x: torch.Tensor | None = None, mean=None, num_outputs=None, kernel=None, memory: int = 0, **weights
+) -> DualGP:
+    """A stream that forgets; with memory, one whose Z is at all data."""
     x = waves(30, 1)[0] if x is None else x
     gp = DualGP(
         kernel or matern(0.5, 1.5, nu=1.5),
         likelihood.double(),
         mean=mean,
-        inducing_points=Z,
+        inducing_points=x if memory else Z,
         num_outputs=num_outputs,
         jitter=JITTER,
-        memory=0,
+        memory=memory,
     )
-    gp.update(x, y, learn_hyperparameters=False, tol=1e-10)
+    gp.update(x, y, learn_hyperparameters=False, tol=1e-10, **weights)
     return gp
 
 
@@ -162,6 +167,34 @@ def test_the_same_input_twice_and_an_inducing_input():
     q = larger(gp, X[:1])
     q = q.add(once, Sites(at(0.6, -0.3) / noise, at(2.0, 1.0) / noise))
     agree(gp.condition(x, y), q, 1e-6)
+
+
+@pytest.mark.parametrize("memory", [12, 5])
+@pytest.mark.parametrize("name", [*NON_GAUSSIAN, "softmax"])
+def test_what_memory_holds_is_asked_again(name, memory):
+    """The E-step at Z ∪ x on memory and new data, beside what is forgotten: with all data in memory, a refit."""
+    likelihood, target = NON_GAUSSIAN.get(name, (softmax, lambda f: (f > 0).long()))
+    gp = base(likelihood(), target(f_at(APART)), APART, memory=memory)
+    y = target(f_at(X) + at(0.3, -2.0, 0.1, 0.5, 2.0))
+    held, basis = gp.memory, larger(gp, X).basis
+    rest = Posterior(gp.posterior.basis, stream.read(gp).rest).rebase(basis)
+    source = Source(basis, Data(torch.cat([held.data.x, X]), torch.cat([held.data.y, y]), False))
+    q = e_step(source, gp.likelihood, base=rest.site, tol=1e-13).posterior
+    agree(gp.condition(X, y, recall=True), q, 1e-6)
+    twice = gp.condition(torch.stack([X + 0.1, X]), torch.stack([y, y]), recall=True)
+    for found, want in zip(twice.predict(T), q.predict(T), strict=True):
+        assert gap(found[1], want) < 1e-6
+    agree(gp.condition(X, y), textbook(gp, X, y).posterior, 1e-6)  # and is not, unless that is wanted
+
+
+def test_outputs_and_weights_in_memory_are_asked_again():
+    target, weights = NON_GAUSSIAN["probit"][1], torch.linspace(0.0, 2.0, 12, dtype=F64)
+    y = target(torch.stack([f_at(APART), 0.3 - f_at(APART)], -1))
+    gp = base(BernoulliLikelihood(), y, APART, num_outputs=2, memory=12, weights=weights)
+    more = target(torch.stack([f_at(X) - 1.0, f_at(-X)], -1))
+    every = torch.cat([weights, torch.ones(5, dtype=F64)])
+    source = Source(larger(gp, X).basis, Data(torch.cat([APART, X]), torch.cat([y, more]), True, {}, every))
+    agree(gp.condition(X, more, recall=True), e_step(source, gp.likelihood, tol=1e-13).posterior, 1e-6)
 
 
 def test_no_data_give_the_model_itself():
@@ -282,16 +315,18 @@ def test_multitask_noise_per_output():
 # --- gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recall", [False, True])
 @pytest.mark.parametrize("name", ["gaussian", "probit", "logit", "poisson"])
-def test_gradients_with_respect_to_the_conditioning_inputs(name):
+def test_gradients_with_respect_to_the_conditioning_inputs(name, recall):
     """Central differences of fourth order at step 1e-3: error about 1e-9, and that of the E-step's own tolerance."""
     likelihood, target = (gaussian, lambda f: f) if name == "gaussian" else NON_GAUSSIAN[name]
-    gp = base(likelihood(), target(f_at(waves(30, 1)[0])), kernel=kernel())
+    data = APART if recall else waves(30, 1)[0]
+    gp = base(likelihood(), target(f_at(data)), data, kernel=kernel(), memory=8 if recall else 0)
     y = target(f_at(X) + 0.3)
     weigh = torch.linspace(-1, 1, 18, dtype=F64)
 
     def value(x: torch.Tensor) -> torch.Tensor:
-        mean, var = gp.condition(x, y).predict(T)
+        mean, var = gp.condition(x, y, recall=recall).predict(T)
         return (weigh[:9] * mean).sum() + (weigh[9:] * var).sum()
 
     x = X.clone().requires_grad_()

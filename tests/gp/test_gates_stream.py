@@ -20,8 +20,9 @@ from dualgp.gp.bound import conjugate_sites
 from dualgp.gp.data import Data
 from dualgp.gp.estep import Source, e_step
 from dualgp.gp.hybrid import Anchor, Noise, Sample, batch_bound, residuals, stream_bound
-from dualgp.gp.memory import RULES, Memory
+from dualgp.gp.memory import Memory
 from dualgp.inducing import cheapest_to_drop, greedy_variance
+from dualgp.selection import RULES
 
 FIXED = {"learn_hyperparameters": False}
 

@@ -12,8 +12,9 @@ from toys import F64, at, gap, gaussian, line, random_sites, rbf, unchecked, wav
 
 from dualgp import DualGP, errors
 from dualgp.gp.data import Data
-from dualgp.gp.memory import RULES, Candidates, Memory, choose
+from dualgp.gp.memory import Memory
 from dualgp.gp.stream import read
+from dualgp.selection import RULES, Candidates, choose
 
 RULE_NAMES = ["leverage", "sensitivity", "random", "recency", "balanced"]
 

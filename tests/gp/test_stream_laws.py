@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import gpytorch
 import pytest
@@ -20,6 +21,7 @@ from toys import F64, at, gap, gaussian, line, matern, rbf, unchecked, waves
 from dualgp import DualGP, errors
 from dualgp.gp import update as update_module
 from dualgp.gp.data import Data, gaussian_sites
+from dualgp.gp.hybrid import Anchor, stream_bound
 from dualgp.gp.stream import read
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
@@ -379,6 +381,44 @@ def test_to_move_to_a_larger_z_loses_nothing(name):
     gp.move_inducing(Z)  # and back: what was added had nothing of its own
     for was, now in zip((mean, var), gp.predict(at_), strict=True):
         assert gap(was, now) < 1e-7
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_stream_that_forgot_nothing_carries_nothing(name):
+    """Its bound, with the gradient, and its sites at another Z are those with a `rest` that says nothing."""
+    x, y = problem(name)
+    gp = new(name, memory=100)
+    gp.update(x, y, **FIXED)
+    state = read(gp)
+    assert state.holds_all
+    hyper = gp._hyper(gp.kernel, gp.likelihood, state.basis.inducing_points, False, True)
+    hyper.kernel.base_kernel.lengthscale = 0.5
+    anchor, found = Anchor.of(state.basis, state.rest, state.noise), []
+    for old in (anchor, None):
+        value = stream_bound(hyper, state.memory.data, state.memory.sites, old)
+        found.append([value, *torch.autograd.grad(value, hyper.trained())])
+    for carried, plain in zip(*found, strict=True):
+        assert gap(carried, plain) < 1e-10 * (1.0 + plain.abs().max().item())
+    basis = state.basis.at(line(-1.4, 1.4, 9))
+    moved = update_module.move(state, basis)
+    assert relative(moved.posterior.site, moved.posterior.project(x, state.memory.sites)) < 1e-10
+    gp.update(x[:1], y[:1], **FIXED)
+    assert not replace(read(gp), num_rest=1.0).holds_all
+    gp.memory_size = 5
+    gp.update(x[:1], y[:1], **FIXED)
+    assert not read(gp).holds_all
+
+
+def test_a_deep_copy_goes_its_own_way():
+    x, y = problem("gaussian")
+    gp = new(given=False)
+    gp.update(x[:20], y[:20])
+    before, other = gp.predict(x), copy.deepcopy(gp)
+    other.update(x[20:], y[20:])
+    other.kernel.base_kernel.lengthscale = 3.0
+    assert gap(other.predict(x)[0], before[0]) > 1e-3
+    for now, then in zip(gp.predict(x), before, strict=True):
+        assert torch.equal(now, then)
 
 
 def test_outputs_of_a_stream_are_streams_of_their_own():
