@@ -151,6 +151,7 @@ def conjugate_gradients(
     *,
     precondition: Multiply | None = None,
     start: Float[Tensor, "n w"] | None = None,
+    start_product: Float[Tensor, "n w"] | None = None,
     tol: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Solve:
@@ -161,6 +162,7 @@ def conjugate_gradients(
         b: right-hand sides, float64.
         precondition: r ↦ P⁻¹r for a positive definite P near A.
         start: a first guess; 0 if None. (`tridiagonal` is that of the Krylov space of b − A·start.)
+        start_product: A·start where it is known already, which saves a product.
         tol: |b − A x| ≤ tol · |b| for each, checked on b − A x itself at the end.
         max_iterations: products with A, at most.
 
@@ -183,7 +185,7 @@ def conjugate_gradients(
     apply = (lambda r: r) if precondition is None else precondition
     scale = torch.linalg.vector_norm(b, dim=0).clamp_min(1e-300)
     x = torch.zeros_like(b) if start is None else start
-    r = b if start is None else b - multiply(x)
+    r = b if start is None else b - (multiply(x) if start_product is None else start_product)
     first: _Cycle | None = None
     taken = 0
     for _ in range(_CYCLES):  # the recurrence drifts from the true residual: go on from there

@@ -53,11 +53,12 @@ class Effort(NamedTuple):
 
 
 class State(NamedTuple):
-    """One latent process under its sites; vectors are float64 [n], probes [n, S]."""
+    """One latent process under its sites; vectors are float64 [n], probes [n, S]. `shift` is K a, None if K has moved."""
 
     lam: Tensor
     beta: Tensor
     a: Tensor
+    shift: Tensor | None
     mean: Tensor
     var: Tensor
     kl: Estimate
@@ -108,7 +109,7 @@ class Products:
         """Return the state without sites."""
         zero, none = torch.zeros_like(self.mu), torch.zeros_like(self.noise[: len(self.mu)])
         P = LowRankPreconditioner(self.factor * 0.0)
-        return State(zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, P, 0)
+        return State(zero, zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, P, 0)
 
     @torch.no_grad()
     def state(self, lam: Tensor, beta: Tensor, start: State | None = None) -> State:
@@ -123,15 +124,16 @@ class Products:
         told, lam_tilde = beta * self.diag > _TOLD, lam - beta * self.mu
         safe = torch.where(told, root, 1.0)
         c = torch.where(told, 0.0, lam_tilde)
-        b = torch.where(told, lam_tilde / safe, 0.0)
-        b = b - root * (self.K @ c) if bool(c.any()) else b
-        first = None
-        if start is not None:
-            first = torch.zeros(len(root), 1 + z.shape[-1], dtype=torch.float64, device=z.device)
-            first[:, 0] = torch.where(told, (start.a - c) / safe, 0.0)
-        solved = self.solve(root, P, torch.cat([b.unsqueeze(-1), z], 1), first)
-        a = c + root * solved.x[:, 0]
-        shift = self.K @ a
+        Kc = self._times(c, ~told)
+        b = torch.where(told, lam_tilde / safe, 0.0) - root * Kc
+        first, product = self._first(start, told, root, z.shape[-1])
+        solved = self.solve(root, P, torch.cat([b.unsqueeze(-1), z], 1), first, product)
+        x, left = solved.x[:, 0], solved.remainder[:, 0]
+        a = c + root * x
+        # K a = K c + K B^½x needs no product of its own where b − r − x = B^½ K B^½ x says it.
+        shift = Kc + (b - left - x) / safe
+        if not bool(told.all()):
+            shift[~told] = LazyKernel(self.kernel, self.x[~told], self.x, backend=self.effort.backend) @ a
         u, w = solved.x[:, 1:], P.solve(z)
         taken = self._taken(P, u, w)
         probes = solved._replace(tridiagonal=solved.tridiagonal[1:])
@@ -139,7 +141,25 @@ class Products:
         kl = 0.5 * (log_det.value - float(taken.sum()) + float(a @ shift))
         var = self._variance(P, beta, taken)
         error = 0.5 * log_det.standard_error
-        return State(lam, beta, a, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
+        return State(lam, beta, a, shift, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
+
+    def _first(
+        self, start: State | None, told: Tensor, root: Tensor, probes: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where conjugate gradients start, and A times that, from what a state before has found; probes start at 0."""
+        if start is None or start.shift is None or not bool(start.a.any()):
+            return None, None
+        first, product = root.new_zeros(2, len(root), 1 + probes)
+        first[:, 0] = torch.where(told, start.a / torch.where(told, root, 1.0), 0.0)
+        product[:, 0] = first[:, 0] + root * (start.shift - self._times(start.a, ~told))
+        return first, product
+
+    def _times(self, v: Tensor, rows: Tensor) -> Tensor:
+        """K v for a v of which only some rows count."""
+        rows = rows & (v != 0)
+        if not bool(rows.any()):
+            return torch.zeros_like(v)
+        return LazyKernel(self.kernel, self.x, self.x[rows], backend=self.effort.backend) @ v[rows]
 
     def solve(
         self,
@@ -147,6 +167,7 @@ class Products:
         P: LowRankPreconditioner,
         b: Tensor,
         start: Tensor | None = None,
+        start_product: Tensor | None = None,
         fine: LazyKernel | None = None,
     ) -> Solve:
         """Return A⁻¹b; to a hundredth of the tolerance with products of a `fine` kernel matrix."""
@@ -156,6 +177,7 @@ class Products:
             b,
             precondition=P.solve,
             start=start,
+            start_product=start_product,
             tol=self.effort.tol * (0.01 if fine else 1.0),
             max_iterations=self.effort.max_iterations,
         )
