@@ -56,6 +56,7 @@ def pivoted_cholesky(
     *,
     tol: float = 0.0,
     given: Float[Tensor, "k n"] | None = None,
+    pivots: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Pivoted:
     """Return a pivoted Cholesky factor of a matrix known by its diagonal and columns: greedy, O(n k²), n·k numbers.
@@ -66,6 +67,7 @@ def pivoted_cholesky(
         rank: k, at most.
         tol: stop when no diagonal entry has more than this share of the largest left.
         given: rows of a factor that is known already; the new rows follow them.
+        pivots: to take in place of the greedy choice.
         dtype: of the factor.
 
     Raises:
@@ -88,17 +90,17 @@ def pivoted_cholesky(
     if given is not None:
         factor[:known] = given
         residual = (residual - given.double().square().sum(0)).clamp_min_(0.0)
-    pivots: list[int] = []
-    for k in range(known, known + min(rank, n)):
-        pivot = int(residual.argmax())
+    chosen: list[int] = []
+    for k in range(known, known + min(rank, n) if pivots is None else known + len(pivots)):
+        pivot = int(residual.argmax()) if pivots is None else pivots[k - known]
         if residual[pivot] <= floor:
             break
         row = (column(pivot).to(dtype) - factor[:k, pivot] @ factor[:k]).div_(residual[pivot].sqrt().to(dtype))
         factor[k] = row
         residual.sub_(row.double().square()).clamp_min_(0.0)
         residual[pivot] = 0.0
-        pivots.append(pivot)
-    return Pivoted(factor[: known + len(pivots)], pivots, residual)
+        chosen.append(pivot)
+    return Pivoted(factor[: known + len(chosen)], chosen, residual)
 
 
 class LowRankPreconditioner:

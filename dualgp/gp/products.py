@@ -20,6 +20,7 @@ of the preconditioner's value).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from torch import Tensor
 
+from dualgp.gp.data import Data
+from dualgp.gp.hyper import Hyper
 from dualgp.kernels import LazyKernel, prior_covariance
 from dualgp.linalg import check_fits, psd_cholesky
 from dualgp.solvers import (
@@ -53,7 +56,10 @@ class Effort(NamedTuple):
 
 
 class State(NamedTuple):
-    """One latent process under its sites; vectors are float64 [n], probes [n, S]. `shift` is K a, None if K has moved."""
+    """One latent process under its sites; vectors are float64 [n], probes [n, S].
+
+    `shift` is K a, None where K has moved since.
+    """
 
     lam: Tensor
     beta: Tensor
@@ -77,12 +83,21 @@ class Products:
         x: all inputs, [n, D].
         effort: see `Effort`.
         noise: [n + rank, S] standard normal numbers that the probes are made of.
+        pivots: of the preconditioner; chosen greedily if None.
 
     Raises:
         InputError: if the preconditioner and the vectors do not fit into memory.
     """
 
-    def __init__(self, kernel: Kernel, mean: Mean | None, x: Tensor, effort: Effort, noise: Tensor) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        mean: Mean | None,
+        x: Tensor,
+        effort: Effort,
+        noise: Tensor,
+        pivots: list[int] | None = None,
+    ) -> None:
         self.kernel, self.mean, self.x, self.effort = kernel, mean, x, effort
         n = len(x)
         count = n * (3 * effort.rank + 10 * effort.num_probes)
@@ -95,7 +110,9 @@ class Products:
             self.mu = self.prior_mean(x).detach()
             single = x.dtype == torch.float32
             reader = self.K.column_reader()
-            low = pivoted_cholesky(self.diag, reader, min(effort.rank, n), tol=1e-6 if single else 1e-13, dtype=x.dtype)
+            tol = 0.0 if pivots is not None else 1e-6 if single else 1e-13
+            rank = min(effort.rank, n)
+            low = pivoted_cholesky(self.diag, reader, rank, tol=tol, pivots=pivots, dtype=x.dtype)
         self.factor, self.pivots, self.unexplained = low
         self.noise = torch.cat([noise[:n], noise[n : n + len(self.factor)]])
 
@@ -120,7 +137,7 @@ class Products:
         """
         root = beta.sqrt()
         P = self._preconditioner(root)
-        z = self.noise[: len(root)] + P.lift(self.noise[len(root) :])
+        z = self._probes(P)
         told, lam_tilde = beta * self.diag > _TOLD, lam - beta * self.mu
         safe = torch.where(told, root, 1.0)
         c = torch.where(told, 0.0, lam_tilde)
@@ -142,6 +159,19 @@ class Products:
         var = self._variance(P, beta, taken)
         error = 0.5 * log_det.standard_error
         return State(lam, beta, a, shift, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
+
+    @torch.no_grad()
+    def restored(self, lam: Tensor, beta: Tensor, a: Tensor, shift: Tensor, u: Tensor, kl: Sequence[float]) -> State:
+        """Return a state from what its solves have found, to the last bit."""
+        P = self._preconditioner(beta.sqrt())
+        w = P.solve(self._probes(P))
+        var = self._variance(P, beta, self._taken(P, u, w))
+        return State(lam, beta, a, shift, self.mu + shift, var, Estimate(*kl), u, w, P, 0)
+
+    def _probes(self, P: LowRankPreconditioner) -> Tensor:
+        """Z ~ N(0, P)."""
+        n = len(self.mu)
+        return self.noise[:n] + P.lift(self.noise[n:])
 
     def _first(
         self, start: State | None, told: Tensor, root: Tensor, probes: int
@@ -233,6 +263,15 @@ class Products:
                 found.append((prior - taken).clamp_min(0.0))
             parts.append(torch.stack(found))
         return torch.cat(parts, -1) if parts else self.mu.new_zeros(len(states), 0)
+
+
+class Fitted(NamedTuple):
+    """What predictions are made of: hyperparameters of the fit, its data, and the sites."""
+
+    hyper: Hyper
+    data: Data
+    process: Products
+    states: list[State]
 
 
 def objective(process: Products, states: list[State]) -> Tensor:

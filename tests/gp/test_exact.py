@@ -1,53 +1,21 @@
 """The exact process by products is the dense one: to rounding under a full preconditioner, else within its errors."""
 
-import gpytorch
 import pytest
 import reference as ref
 import torch
-from families import CountLikelihood
+from exacts import N, mean, model, problem
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
-    MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
     StudentTLikelihood,
 )
-from gpytorch.means import ConstantMean
 from toys import F64, at, gap, gaussian, matern, waves
 
 from dualgp import DualGP, ExactGP, LazyKernel, errors
 from dualgp.duals import dual_parameters, expected_log_prob
 from dualgp.gp import ascent
-
-N = 60
-
-
-def mean(value: float = 0.7) -> ConstantMean:
-    made = ConstantMean().double()
-    made.constant.data = at(value).squeeze()
-    return made
-
-
-def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor, gpytorch.likelihoods.Likelihood, int | None]:
-    x, f, generator = waves(N, 2)
-    noise = torch.randn(N, generator=generator, dtype=F64)
-    if kind == "gaussian":
-        return x, f + 0.3 * noise, gaussian(), None
-    if kind == "fixed noise":
-        return x, f + 0.3 * noise, FixedNoiseGaussianLikelihood(0.05 + 0.2 * x[:, 0].abs()), None
-    if kind == "bernoulli":
-        return x, (f + 0.5 * noise > 0).double(), BernoulliLikelihood(), None
-    if kind == "counts":
-        counts = torch.poisson(torch.nn.functional.softplus(f), generator=generator)
-        return x, counts, CountLikelihood().double(), None
-    if kind == "softmax":
-        labels = (f + 0.5 * noise > -0.5).long() + (f + 0.5 * noise > 0.7).long()
-        return x, labels, SoftmaxLikelihood(num_classes=3, mixing_weights=False), 3
-    y = torch.stack([f + 0.2 * noise, -f + 0.3 * noise.flip(0)], -1)
-    return x, y, MultitaskGaussianLikelihood(num_tasks=2, rank=0).double(), 2
-
 
 KINDS = ["gaussian", "fixed noise", "bernoulli", "counts", "softmax", "multitask"]
 
@@ -75,11 +43,6 @@ def dense(x, y, likelihood, outputs, prior=0.7, **params):
         v = torch.stack([G.diagonal() for G in covariances], -1).reshape(shape)
     bound = expected_log_prob(likelihood, y, m, v, **params).sum() - kl
     return m, v, lam, beta, bound.item()
-
-
-def model(likelihood, outputs=None, **options) -> ExactGP:
-    options = {"rank": N, "tol": 1e-11, **options}
-    return ExactGP(matern(), likelihood, mean=mean(), num_outputs=outputs, **options)
 
 
 HELD = {"learn_hyperparameters": False, "tol": 1e-11}
