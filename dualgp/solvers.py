@@ -56,6 +56,7 @@ def pivoted_cholesky(
     *,
     tol: float = 0.0,
     given: Float[Tensor, "k n"] | None = None,
+    pivots: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Pivoted:
     """Return a pivoted Cholesky factor of a matrix known by its diagonal and columns: greedy, O(n k²), n·k numbers.
@@ -66,6 +67,7 @@ def pivoted_cholesky(
         rank: k, at most.
         tol: stop when no diagonal entry has more than this share of the largest left.
         given: rows of a factor that is known already; the new rows follow them.
+        pivots: to take in place of the greedy choice.
         dtype: of the factor.
 
     Raises:
@@ -88,17 +90,17 @@ def pivoted_cholesky(
     if given is not None:
         factor[:known] = given
         residual = (residual - given.double().square().sum(0)).clamp_min_(0.0)
-    pivots: list[int] = []
-    for k in range(known, known + min(rank, n)):
-        pivot = int(residual.argmax())
+    chosen: list[int] = []
+    for k in range(known, known + min(rank, n) if pivots is None else known + len(pivots)):
+        pivot = int(residual.argmax()) if pivots is None else pivots[k - known]
         if residual[pivot] <= floor:
             break
         row = (column(pivot).to(dtype) - factor[:k, pivot] @ factor[:k]).div_(residual[pivot].sqrt().to(dtype))
         factor[k] = row
         residual.sub_(row.double().square()).clamp_min_(0.0)
         residual[pivot] = 0.0
-        pivots.append(pivot)
-    return Pivoted(factor[: known + len(pivots)], pivots, residual)
+        chosen.append(pivot)
+    return Pivoted(factor[: known + len(chosen)], chosen, residual)
 
 
 class LowRankPreconditioner:
@@ -151,6 +153,7 @@ def conjugate_gradients(
     *,
     precondition: Multiply | None = None,
     start: Float[Tensor, "n w"] | None = None,
+    start_product: Float[Tensor, "n w"] | None = None,
     tol: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Solve:
@@ -161,6 +164,7 @@ def conjugate_gradients(
         b: right-hand sides, float64.
         precondition: r ↦ P⁻¹r for a positive definite P near A.
         start: a first guess; 0 if None. (`tridiagonal` is that of the Krylov space of b − A·start.)
+        start_product: A·start where it is known already, which saves a product.
         tol: |b − A x| ≤ tol · |b| for each, checked on b − A x itself at the end.
         max_iterations: products with A, at most.
 
@@ -183,7 +187,7 @@ def conjugate_gradients(
     apply = (lambda r: r) if precondition is None else precondition
     scale = torch.linalg.vector_norm(b, dim=0).clamp_min(1e-300)
     x = torch.zeros_like(b) if start is None else start
-    r = b if start is None else b - multiply(x)
+    r = b if start is None else b - (multiply(x) if start_product is None else start_product)
     first: _Cycle | None = None
     taken = 0
     for _ in range(_CYCLES):  # the recurrence drifts from the true residual: go on from there

@@ -65,6 +65,23 @@ def test_a_start_at_the_answer_takes_no_iteration():
     assert conjugate_gradients(lambda v: A @ v, b, start=x, tol=1e-8).iterations == 0
 
 
+def test_a_start_whose_product_is_known_is_not_multiplied_again():
+    K, A = system()
+    b, x = draws(N, 2), draws(N, 2, seed=1)
+    P, seen = preconditioner(K, 60), []
+
+    def multiply(v: torch.Tensor) -> torch.Tensor:
+        seen.append(v.clone())
+        return A @ v
+
+    known = conjugate_gradients(multiply, b, precondition=P.solve, start=x, start_product=A @ x, tol=1e-10)
+    products = len(seen)
+    again = conjugate_gradients(multiply, b, precondition=P.solve, start=x, tol=1e-10)
+    assert gap(known.x, again.x) == 0.0
+    assert len(seen) - products == products + 1
+    assert not any(torch.equal(v, x) for v in seen[:products])
+
+
 def test_the_pivots_are_those_of_the_naive_factorisation_and_the_factor_is_the_matrix():
     K, _ = system()
     found = pivoted_cholesky(K.diagonal(), lambda j: K[:, j], 30)

@@ -9,9 +9,11 @@ import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from torch import Tensor, nn
 
+from dualgp.basis import InducingBasis
 from dualgp.duals import dual_parameters, expected_log_prob
-from dualgp.errors import ConvergenceWarning
+from dualgp.errors import ConvergenceWarning, NotPositiveDefiniteError
 from dualgp.gp.data import Data, gaussian_sites
+from dualgp.gp.estep import Source, e_step
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.products import Effort, Products, State, objective
 from dualgp.gp.progress import Progress
@@ -19,6 +21,7 @@ from dualgp.sites import Sites
 from dualgp.solvers import Estimate
 
 _MIN_RHO = 2.0**-10
+_SPARSE_TOL, _SPARSE_PASSES = 1e-3, 20  # of the sparse process that steps start from: it is wrong by more than that
 _SHRINKS = 3  # of Adam's step before a fit ends
 _WINDOW = 5  # steps over which a gain is judged, as each has an error of its own
 
@@ -38,7 +41,9 @@ class Search:
             λ ← (1 − ρ) λ + ρ (α + βm),   β ← (1 − ρ) β + ρ β_q
 
         ρ is 1 (2/3 for softmax, ½ where β is clipped), and halved where the bound falls, as in `gp.estep`. Where β is
-        clipped the bound is not what the steps climb: then means are followed until they stand still.
+        clipped the bound is not what the steps climb: then means are followed until they stand still. The first step
+        goes to what the sparse process on the preconditioner's pivots asks for: n·rank² operations for each of its
+        passes, where a product with the kernel matrix takes n².
         """
         hyper = self.hyper
         self.process = Products(hyper.kernel, hyper.mean, self.data.x, self.effort, self.noise)
@@ -47,13 +52,13 @@ class Search:
             self._at(*latent(conjugate, hyper.num_outputs))
             return
         if self.states:
+            self.states = [s._replace(shift=None) for s in self.states]
             self._at(*self._sites())
         else:
-            self.states = [self.process.prior()] * (hyper.num_outputs or 1)
-            self.bound = self._bound()
+            self._begin()
         rho = 2.0 / 3.0 if isinstance(hyper.likelihood, SoftmaxLikelihood) else 1.0
         for _ in range(max_passes):
-            wanted = self._wanted()
+            wanted = self._wanted(self.states)
             rho = min(rho, 0.5) if self.clipped else rho
             gain = self._step(wanted, rho)
             if gain < 0 and not self.clipped:
@@ -66,6 +71,21 @@ class Search:
             ConvergenceWarning,
             stacklevel=3,
         )
+
+    def _begin(self) -> None:
+        """Start from the prior, and go to what the sparse process whose Z are the pivots asks for, if it has a q."""
+        hyper, data, process = self.hyper, self.data, self.process
+        self.states = [process.prior()] * (hyper.num_outputs or 1)
+        self.bound = self._bound()
+        Z = data.x[torch.tensor(process.pivots, device=data.x.device)]
+        try:
+            basis = InducingBasis(hyper.kernel, Z, hyper.mean, num_outputs=hyper.num_outputs)
+            found = e_step(Source(basis, data), hyper.likelihood, tol=_SPARSE_TOL, max_passes=_SPARSE_PASSES)
+        except NotPositiveDefiniteError:  # for sites that e_step does not clip
+            return
+        m, v = (t.double().reshape(len(data), -1).mT for t in found.posterior.predict(data.x))  # [C, n]
+        sparse = [s._replace(mean=m_c, var=v_c) for s, m_c, v_c in zip(self.states, m, v, strict=True)]
+        self._at(*self._wanted(sparse))
 
     def _step(self, wanted: tuple[Tensor, Tensor], rho: float) -> float:
         """Step towards the sites wanted, if that is no loss; return the gain in nats (where clipped, the way gone)."""
@@ -98,9 +118,9 @@ class Search:
         error = sum(s.kl.standard_error**2 for s in self.states) ** 0.5
         return Estimate(float(fit) - sum(s.kl.value for s in self.states), error)
 
-    def _wanted(self) -> tuple[Tensor, Tensor]:
+    def _wanted(self, states: list[State]) -> tuple[Tensor, Tensor]:
         data = self.data
-        mean, var = stacked(self.states, self.hyper.num_outputs)
+        mean, var = stacked(states, self.hyper.num_outputs)
         duals = dual_parameters(self.hyper.likelihood, data.y, mean, var, **data.params)
         beta = duals.beta.clamp_min(0.0)  # α is kept: λ = α + βm at the β that is
         self.clipped = int((duals.beta < 0).sum())

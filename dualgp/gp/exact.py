@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 from gpytorch.kernels import Kernel
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from dualgp.basis import InducingBasis
 from dualgp.duals import num_outputs_of
 from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_count
+from dualgp.gp import exact_storage
 from dualgp.gp.arguments import check_arguments
 from dualgp.gp.ascent import Search, ascend, gradient, stacked
-from dualgp.gp.data import Data, check_inputs, check_training_data
+from dualgp.gp.data import check_inputs, check_training_data
 from dualgp.gp.hyper import Hyper
-from dualgp.gp.products import Effort, Products, State
+from dualgp.gp.products import Effort, Fitted
 from dualgp.gp.progress import Progress, TracePoint
 from dualgp.kernels.forms import as_form
 from dualgp.posterior import Posterior
@@ -127,7 +130,8 @@ class ExactGP(nn.Module):
         self.tol, self.effort = tol, Effort(rank, num_probes, 1e-4, max_iterations, backend)
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.result: ExactResult | None = None
-        self._fitted: _Fitted | None = None
+        self._fitted: Fitted | None = None
+        self._stored: dict[str, Tensor] = {}  # a fit that was loaded, until it is asked for
 
     def fit(
         self,
@@ -167,14 +171,13 @@ class ExactGP(nn.Module):
             self.kernel, self.mean, self.likelihood, X[:1], dtype=X.dtype, num_outputs=self.num_outputs, jitter=0.0,
             learn_inducing=False, learn_hyperparameters=learn_hyperparameters,
         )  # fmt: skip
-        solves = (1e-4 if X.dtype == torch.float64 else 1e-3) if self.tol is None else self.tol
-        work = Search(hyper, data, self.effort._replace(tol=solves), noise, tol)
+        work = Search(hyper, data, self.effort_in(X.dtype), noise, tol)
         with Progress(progress) as bar:
             converged, steps = ascend(work, lr, max_steps, tol, bar)
             hyper.round()
             work.find()
             bar.bound(work.bound.value, len(data))
-        fitted = _Fitted(hyper, data, work.process, work.states)
+        fitted = Fitted(hyper, data, work.process, work.states)
         if not converged:
             warnings.warn(
                 f"The bound still rose after {steps} steps on the hyperparameters: raise max_steps or lr.",
@@ -182,7 +185,7 @@ class ExactGP(nn.Module):
                 stacklevel=2,
             )
         self._take(hyper)
-        self._fitted = fitted
+        self._fitted, self._stored = fitted, {}
         self.result = ExactResult(
             work.bound, len(data), steps, converged, work.iterations, work.clipped, bar.seconds, bar.trace
         )
@@ -249,10 +252,72 @@ class ExactGP(nn.Module):
         means, errors = gradient(hyper, fitted.data, process, fitted.states, groups=_GROUPS)
         return BoundGradient(dict(zip(names, means, strict=True)), dict(zip(names, errors, strict=True)))
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to a safetensors file, atomically, the training data included (`result` is not).
+
+        Raises:
+            NotFittedError: before `fit`.
+            InputError: if hyperparameters have been set by hand since.
+        """
+        exact_storage.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], kernel: Kernel, likelihood: Likelihood, *, mean: Mean | None = None
+    ) -> ExactGP:
+        """Return the model saved at `path`: on an equal machine it goes on to the last bit. Nothing is executed.
+
+        The preconditioner, n × rank, is not in the file and is made anew, in less than the time of a product.
+
+        Args:
+            path: written by `save`.
+            kernel: of the kind that was saved; its parameters are overwritten, as are those of the others.
+            likelihood: of the kind that was saved.
+            mean: of the kind that was saved.
+
+        Raises:
+            InputError: if the file is not of this format or version, is truncated, or does not fit the modules.
+        """
+        return exact_storage.load(cls, path, kernel, likelihood, mean)
+
+    def effort_in(self, dtype: torch.dtype) -> Effort:
+        """Return what solves may take for inputs of a dtype."""
+        tol = 1e-4 if dtype == torch.float64 else 1e-3
+        return self.effort._replace(tol=tol if self.tol is None else self.tol)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there are sites, by `fit` or by loading."""
+        return self._fitted is not None or bool(self._stored)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fitted:
+            fitted = self._ready()
+            if not all(torch.equal(new.to(old), old) for old, new in self._pairs(fitted.hyper)):
+                raise InputError(
+                    "Hyperparameters have been set by hand since the fit, and sites belong to those of the fit: call "
+                    "fit(X, y) again, with learn_hyperparameters=False to keep them."
+                )
+            held = exact_storage.pack(fitted)
+            destination.update({prefix + name: values for name, values in held.items()})
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        mine = {name: t for name, t in state.items() if name.startswith(prefix + exact_storage.FIT)}
+        self._fitted = self.result = None
+        self._stored = {name.removeprefix(prefix): t.detach().clone() for name, t in mine.items()}
+        rest = {name: t for name, t in state.items() if name not in mine}
+        super()._load_from_state_dict(rest, prefix, *args)
+
     def _present(self, values: Tensor, like: Tensor) -> Tensor:
         return (values.mT if self.num_outputs is not None else values[0]).to(like.dtype)
 
-    def _ready(self) -> _Fitted:
+    def _ready(self) -> Fitted:
+        if self._fitted is None and self._stored:
+            here = next((p.device for p in self.parameters()), torch.device("cpu"))
+            stored = {name: t.to(here) for name, t in self._stored.items()}
+            with torch.inference_mode(False):  # it outlives the caller's context
+                self._fitted, self._stored = exact_storage.unpack(self, stored), {}
         if self._fitted is None:
             raise NotFittedError("The model has no sites yet: call fit(X, y).")
         return self._fitted
@@ -260,20 +325,15 @@ class ExactGP(nn.Module):
     @torch.no_grad()
     def _take(self, hyper: Hyper) -> None:
         """Take over what was learned on the working copy."""
+        for old, new in self._pairs(hyper):
+            old.copy_(new)
+
+    def _pairs(self, hyper: Hyper) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter of the model and what the working copy has for it."""
         for mine, learned in (
             (self.kernel, hyper.kernel),
             (self.likelihood, hyper.likelihood),
             (self.mean, hyper.mean),
         ):
             if mine is not None and learned is not None:
-                for old, new in zip(mine.parameters(), learned.parameters(), strict=True):
-                    old.copy_(new)
-
-
-class _Fitted(NamedTuple):
-    """What predictions are made of: hyperparameters of the fit, its data, and the sites."""
-
-    hyper: Hyper
-    data: Data
-    process: Products
-    states: list[State]
+                yield from zip(mine.parameters(), learned.parameters(), strict=True)

@@ -20,6 +20,7 @@ of the preconditioner's value).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from torch import Tensor
 
+from dualgp.gp.data import Data
+from dualgp.gp.hyper import Hyper
 from dualgp.kernels import LazyKernel, prior_covariance
 from dualgp.linalg import check_fits, psd_cholesky
 from dualgp.solvers import (
@@ -53,11 +56,15 @@ class Effort(NamedTuple):
 
 
 class State(NamedTuple):
-    """One latent process under its sites; vectors are float64 [n], probes [n, S]."""
+    """One latent process under its sites; vectors are float64 [n], probes [n, S].
+
+    `shift` is K a, None where K has moved since.
+    """
 
     lam: Tensor
     beta: Tensor
     a: Tensor
+    shift: Tensor | None
     mean: Tensor
     var: Tensor
     kl: Estimate
@@ -76,12 +83,21 @@ class Products:
         x: all inputs, [n, D].
         effort: see `Effort`.
         noise: [n + rank, S] standard normal numbers that the probes are made of.
+        pivots: of the preconditioner; chosen greedily if None.
 
     Raises:
         InputError: if the preconditioner and the vectors do not fit into memory.
     """
 
-    def __init__(self, kernel: Kernel, mean: Mean | None, x: Tensor, effort: Effort, noise: Tensor) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        mean: Mean | None,
+        x: Tensor,
+        effort: Effort,
+        noise: Tensor,
+        pivots: list[int] | None = None,
+    ) -> None:
         self.kernel, self.mean, self.x, self.effort = kernel, mean, x, effort
         n = len(x)
         count = n * (3 * effort.rank + 10 * effort.num_probes)
@@ -94,7 +110,9 @@ class Products:
             self.mu = self.prior_mean(x).detach()
             single = x.dtype == torch.float32
             reader = self.K.column_reader()
-            low = pivoted_cholesky(self.diag, reader, min(effort.rank, n), tol=1e-6 if single else 1e-13, dtype=x.dtype)
+            tol = 0.0 if pivots is not None else 1e-6 if single else 1e-13
+            rank = min(effort.rank, n)
+            low = pivoted_cholesky(self.diag, reader, rank, tol=tol, pivots=pivots, dtype=x.dtype)
         self.factor, self.pivots, self.unexplained = low
         self.noise = torch.cat([noise[:n], noise[n : n + len(self.factor)]])
 
@@ -108,7 +126,7 @@ class Products:
         """Return the state without sites."""
         zero, none = torch.zeros_like(self.mu), torch.zeros_like(self.noise[: len(self.mu)])
         P = LowRankPreconditioner(self.factor * 0.0)
-        return State(zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, P, 0)
+        return State(zero, zero, zero, zero, self.mu, self.diag, Estimate(0.0, 0.0), none, none, P, 0)
 
     @torch.no_grad()
     def state(self, lam: Tensor, beta: Tensor, start: State | None = None) -> State:
@@ -119,19 +137,20 @@ class Products:
         """
         root = beta.sqrt()
         P = self._preconditioner(root)
-        z = self.noise[: len(root)] + P.lift(self.noise[len(root) :])
+        z = self._probes(P)
         told, lam_tilde = beta * self.diag > _TOLD, lam - beta * self.mu
         safe = torch.where(told, root, 1.0)
         c = torch.where(told, 0.0, lam_tilde)
-        b = torch.where(told, lam_tilde / safe, 0.0)
-        b = b - root * (self.K @ c) if bool(c.any()) else b
-        first = None
-        if start is not None:
-            first = torch.zeros(len(root), 1 + z.shape[-1], dtype=torch.float64, device=z.device)
-            first[:, 0] = torch.where(told, (start.a - c) / safe, 0.0)
-        solved = self.solve(root, P, torch.cat([b.unsqueeze(-1), z], 1), first)
-        a = c + root * solved.x[:, 0]
-        shift = self.K @ a
+        Kc = self._times(c, ~told)
+        b = torch.where(told, lam_tilde / safe, 0.0) - root * Kc
+        first, product = self._first(start, told, root, z.shape[-1])
+        solved = self.solve(root, P, torch.cat([b.unsqueeze(-1), z], 1), first, product)
+        x, left = solved.x[:, 0], solved.remainder[:, 0]
+        a = c + root * x
+        # K a = K c + K B^½x needs no product of its own where b − r − x = B^½ K B^½ x says it.
+        shift = Kc + (b - left - x) / safe
+        if not bool(told.all()):
+            shift[~told] = LazyKernel(self.kernel, self.x[~told], self.x, backend=self.effort.backend) @ a
         u, w = solved.x[:, 1:], P.solve(z)
         taken = self._taken(P, u, w)
         probes = solved._replace(tridiagonal=solved.tridiagonal[1:])
@@ -139,7 +158,38 @@ class Products:
         kl = 0.5 * (log_det.value - float(taken.sum()) + float(a @ shift))
         var = self._variance(P, beta, taken)
         error = 0.5 * log_det.standard_error
-        return State(lam, beta, a, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
+        return State(lam, beta, a, shift, self.mu + shift, var, Estimate(kl, error), u, w, P, solved.iterations)
+
+    @torch.no_grad()
+    def restored(self, lam: Tensor, beta: Tensor, a: Tensor, shift: Tensor, u: Tensor, kl: Sequence[float]) -> State:
+        """Return a state from what its solves have found, to the last bit."""
+        P = self._preconditioner(beta.sqrt())
+        w = P.solve(self._probes(P))
+        var = self._variance(P, beta, self._taken(P, u, w))
+        return State(lam, beta, a, shift, self.mu + shift, var, Estimate(*kl), u, w, P, 0)
+
+    def _probes(self, P: LowRankPreconditioner) -> Tensor:
+        """Z ~ N(0, P)."""
+        n = len(self.mu)
+        return self.noise[:n] + P.lift(self.noise[n:])
+
+    def _first(
+        self, start: State | None, told: Tensor, root: Tensor, probes: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where conjugate gradients start, and A times that, from what a state before has found; probes start at 0."""
+        if start is None or start.shift is None or not bool(start.a.any()):
+            return None, None
+        first, product = root.new_zeros(2, len(root), 1 + probes)
+        first[:, 0] = torch.where(told, start.a / torch.where(told, root, 1.0), 0.0)
+        product[:, 0] = first[:, 0] + root * (start.shift - self._times(start.a, ~told))
+        return first, product
+
+    def _times(self, v: Tensor, rows: Tensor) -> Tensor:
+        """K v for a v of which only some rows count."""
+        rows = rows & (v != 0)
+        if not bool(rows.any()):
+            return torch.zeros_like(v)
+        return LazyKernel(self.kernel, self.x, self.x[rows], backend=self.effort.backend) @ v[rows]
 
     def solve(
         self,
@@ -147,6 +197,7 @@ class Products:
         P: LowRankPreconditioner,
         b: Tensor,
         start: Tensor | None = None,
+        start_product: Tensor | None = None,
         fine: LazyKernel | None = None,
     ) -> Solve:
         """Return A⁻¹b; to a hundredth of the tolerance with products of a `fine` kernel matrix."""
@@ -156,6 +207,7 @@ class Products:
             b,
             precondition=P.solve,
             start=start,
+            start_product=start_product,
             tol=self.effort.tol * (0.01 if fine else 1.0),
             max_iterations=self.effort.max_iterations,
         )
@@ -211,6 +263,15 @@ class Products:
                 found.append((prior - taken).clamp_min(0.0))
             parts.append(torch.stack(found))
         return torch.cat(parts, -1) if parts else self.mu.new_zeros(len(states), 0)
+
+
+class Fitted(NamedTuple):
+    """What predictions are made of: hyperparameters of the fit, its data, and the sites."""
+
+    hyper: Hyper
+    data: Data
+    process: Products
+    states: list[State]
 
 
 def objective(process: Products, states: list[State]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
+from torch import Tensor, nn
 
 from dualgp import files
 from dualgp.errors import InputError, NotFittedError
@@ -97,16 +98,35 @@ def load(
         raise InputError(
             f"{path} was saved with a memory rule of your own, which files do not hold: give memory_rule=."
         )
+    check_modules(path, config, kernel, likelihood, mean)
+    same = {key: config[key] for key in ("num_outputs", "jitter", "num_inducing", "memory", "window")}
+    model = cls(kernel, likelihood, mean=mean, memory_rule=memory_rule, **same)
+    check_shapes(path, model, tensors, {"inducing_points", "site_lam", "site_B"}, {"lam", "beta", *BUFFERS})
+    model.load_state_dict(tensors)
+    model._Z_given = config["inducing_given"]
+    if drawn is not None:
+        model.generator.set_state(drawn)
+    return model
+
+
+def check_modules(
+    path: str | PathLike[str], config: dict[str, Any], kernel: Kernel, likelihood: Likelihood, mean: Mean | None
+) -> None:
+    """Raise InputError unless the modules given are of the kinds that were saved."""
     given = {"kernel": describe(kernel), "likelihood": describe(likelihood), "mean": describe(mean)}
     for part, name in given.items():
         if config[part] != name:
             raise InputError(
                 f"{path} was saved with {part} {config[part]}, but {name} was given; give one of that kind."
             )
-    same = {key: config[key] for key in ("num_outputs", "jitter", "num_inducing", "memory", "window")}
-    model = cls(kernel, likelihood, mean=mean, memory_rule=memory_rule, **same)
-    expected = model.state_dict().keys() | {"inducing_points", "site_lam", "site_B"}
-    missing, extra = expected - tensors.keys(), tensors.keys() - expected - {"lam", "beta", *BUFFERS}
+
+
+def check_shapes(
+    path: str | PathLike[str], model: nn.Module, tensors: dict[str, Tensor], needed: set[str], allowed: set[str]
+) -> None:
+    """Raise InputError unless a file has the tensors of a new model, in their shapes, and those that a fit adds."""
+    expected = model.state_dict().keys() | needed
+    missing, extra = expected - tensors.keys(), tensors.keys() - expected - allowed
     if missing or extra:
         raise InputError(
             f"{path} does not fit the modules given: it lacks {sorted(missing)} and has {sorted(extra)} besides. Build "
@@ -117,8 +137,3 @@ def load(
             raise InputError(
                 f"{path} has {name} of shape {tuple(tensors[name].shape)}, the modules given {tuple(value.shape)}."
             )
-    model.load_state_dict(tensors)
-    model._Z_given = config["inducing_given"]
-    if drawn is not None:
-        model.generator.set_state(drawn)
-    return model

@@ -71,8 +71,8 @@ def tiles(op: Operand) -> Iterator[tuple[slice, slice]]:
     kind = op.x.device.type
     rows, size = _ROWS.get(kind, _ROWS["cuda"]), _TILE.get(kind, _TILE["cuda"])
     columns = size // rows
-    if op.z is None:  # square, so that diagonal tiles are symmetric; twice the size was faster, as each serves twice
-        rows = columns = max(64, int((2 * size) ** 0.5))
+    if op.z is None:  # square, so that diagonal tiles are symmetric
+        rows = columns = max(64, int(size**0.5))
     for i in strips(n, rows):
         for j in strips(m, columns):
             if op.z is not None or j.start <= i.start:

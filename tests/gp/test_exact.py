@@ -1,52 +1,21 @@
 """The exact process by products is the dense one: to rounding under a full preconditioner, else within its errors."""
 
-import gpytorch
 import pytest
 import reference as ref
 import torch
-from families import CountLikelihood
+from exacts import N, mean, model, problem
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
-    MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
     StudentTLikelihood,
 )
-from gpytorch.means import ConstantMean
 from toys import F64, at, gap, gaussian, matern, waves
 
-from dualgp import DualGP, ExactGP, errors
+from dualgp import DualGP, ExactGP, LazyKernel, errors
 from dualgp.duals import dual_parameters, expected_log_prob
-
-N = 60
-
-
-def mean(value: float = 0.7) -> ConstantMean:
-    made = ConstantMean().double()
-    made.constant.data = at(value).squeeze()
-    return made
-
-
-def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor, gpytorch.likelihoods.Likelihood, int | None]:
-    x, f, generator = waves(N, 2)
-    noise = torch.randn(N, generator=generator, dtype=F64)
-    if kind == "gaussian":
-        return x, f + 0.3 * noise, gaussian(), None
-    if kind == "fixed noise":
-        return x, f + 0.3 * noise, FixedNoiseGaussianLikelihood(0.05 + 0.2 * x[:, 0].abs()), None
-    if kind == "bernoulli":
-        return x, (f + 0.5 * noise > 0).double(), BernoulliLikelihood(), None
-    if kind == "counts":
-        counts = torch.poisson(torch.nn.functional.softplus(f), generator=generator)
-        return x, counts, CountLikelihood().double(), None
-    if kind == "softmax":
-        labels = (f + 0.5 * noise > -0.5).long() + (f + 0.5 * noise > 0.7).long()
-        return x, labels, SoftmaxLikelihood(num_classes=3, mixing_weights=False), 3
-    y = torch.stack([f + 0.2 * noise, -f + 0.3 * noise.flip(0)], -1)
-    return x, y, MultitaskGaussianLikelihood(num_tasks=2, rank=0).double(), 2
-
+from dualgp.gp import ascent
 
 KINDS = ["gaussian", "fixed noise", "bernoulli", "counts", "softmax", "multitask"]
 
@@ -74,11 +43,6 @@ def dense(x, y, likelihood, outputs, prior=0.7, **params):
         v = torch.stack([G.diagonal() for G in covariances], -1).reshape(shape)
     bound = expected_log_prob(likelihood, y, m, v, **params).sum() - kl
     return m, v, lam, beta, bound.item()
-
-
-def model(likelihood, outputs=None, **options) -> ExactGP:
-    options = {"rank": N, "tol": 1e-11, **options}
-    return ExactGP(matern(), likelihood, mean=mean(), num_outputs=outputs, **options)
 
 
 HELD = {"learn_hyperparameters": False, "tol": 1e-11}
@@ -145,6 +109,75 @@ def test_what_is_stochastic_is_within_its_errors():
     t = errors_of_v.mean(0) / (errors_of_v.std(0) / 8**0.5 + 1e-3)
     assert t.square().mean() < 4.0
     assert errors_of_v.square().mean().sqrt() < 0.5 * v.mean()
+
+
+def counted(monkeypatch) -> list[int]:
+    """The widths of all symmetric products with a kernel matrix from now on."""
+    widths, multiply = [], LazyKernel._multiply
+
+    def counting(self, v, op):
+        if op.z is None:
+            widths.append(1 if v.ndim == 1 else v.shape[-1])
+        return multiply(self, v, op)
+
+    monkeypatch.setattr(LazyKernel, "_multiply", counting)
+    return widths
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "softmax"])
+def test_a_step_takes_no_product_beside_those_of_its_solve(kind, monkeypatch):
+    """One for each iteration, and the one that checks the residual, from which K a follows."""
+    widths = counted(monkeypatch)
+    gp, result, *_ = fit(kind, rank=30, tol=1e-6)
+    steps = len(widths) - result.iterations
+    assert set(widths) == {1 + gp.effort.num_probes}
+    assert steps <= 1.5 * result.iterations
+    mean, K = gp.marginals[0].reshape(N, -1), ref.matern52(*2 * problem(kind)[:1], 0.8, 2.0)
+    for c, state in enumerate(gp._fitted.states):
+        assert gap(mean[:, c], 0.7 + K @ state.a) < 1e-12 * N
+
+
+@pytest.mark.parametrize("rank", [30, N])
+def test_a_sparse_start_ends_at_the_same_optimum_in_fewer_products(rank, monkeypatch):
+    """The bound is concave in the sites, so there is one; both solve to the same tolerance."""
+    ends, spent = [], []
+    for sparse in (True, False):
+        with monkeypatch.context() as patch:
+            if not sparse:
+                patch.setattr(ascent.Search, "_begin", from_the_prior)
+            widths = counted(patch)
+            ends.append(fit("bernoulli", rank=rank)[0])
+            spent.append(len(widths))
+    first, second = ends
+    # Steps end where the error by probes hides what they gain; at full rank there is none, and 1e-11 nats are left.
+    hidden = first.result.bound.standard_error + second.result.bound.standard_error
+    left = 0.2 * hidden + 1e-9
+    assert abs(first.result.bound.value - second.result.bound.value) < left
+    # ½ (Δm)ᵀV⁻¹Δm nats, with V below 2, are what means still have to go.
+    assert gap(first.marginals[0], second.marginals[0]) < 2 * left**0.5
+    assert spent[0] < spent[1]
+
+
+def from_the_prior(self) -> None:
+    self.states = [self.process.prior()] * (self.hyper.num_outputs or 1)
+    self.bound = self._bound()
+
+
+def test_data_that_say_nothing_are_part_of_the_mean_all_the_same():
+    """Rows with β next to nothing are not divided by √β: their share of the products is taken apart."""
+    x, y, likelihood, _ = problem("bernoulli")
+    gp, *_ = fit("bernoulli")
+    process, K = gp._fitted.process, ref.matern52(x, x, 0.8, 2.0)
+    lam, beta = gp.sites.lam.clone(), gp.sites.beta.clone()
+    beta[::7] = torch.tensor([0.0, 1e-7, 1e-12], dtype=F64).repeat(3)
+    start = process.state(gp.sites.lam, gp.sites.beta)
+    for first in (None, start):
+        found = process.state(lam, beta, first)
+        G = torch.linalg.solve(torch.eye(N, dtype=F64) + K * beta, K)
+        assert gap(found.mean, 0.7 + G @ (lam - 0.7 * beta)) < 1e-8
+        assert gap(found.shift, K @ found.a) < 1e-8
+    again = process.state(gp.sites.lam, gp.sites.beta, found)
+    assert gap(again.mean, start.mean) < 1e-8
 
 
 def evidence(kernel, noise, constant, x, y) -> torch.Tensor:
