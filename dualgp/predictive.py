@@ -43,7 +43,8 @@ def predictive_distribution(likelihood: Likelihood, mean: Tensor, var: Tensor, *
     if isinstance(likelihood, BernoulliLikelihood):
         return Bernoulli(probs=expectation(lambda f: likelihood.forward(f, **params).probs, mean, var).clamp(0, 1))
     points, w = hermite_points(mean, var, num_nodes(likelihood))
-    components = likelihood.forward(points.movedim(0, -1), **params)
+    by_datum = {name: value.unsqueeze(-1) for name, value in params.items()}  # beside the nodes, which come last
+    components = likelihood.forward(points.movedim(0, -1), **by_datum)
     return MixtureSameFamily(Categorical(probs=w.expand(*mean.shape, -1)), components, validate_args=False)
 
 

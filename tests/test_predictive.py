@@ -13,7 +13,8 @@ from gpytorch.likelihoods import (
 from test_duals import HEAVY, MEANS, SMOOTH, VARS, Own
 from toys import F64, at, gap
 
-from dualgp import errors, likelihoods, log_predictive, predictive_distribution
+from dualgp import errors, likelihoods, log_predictive, predictive_distribution, quadrature
+from dualgp.likelihoods import LogPoissonLikelihood
 
 
 def moments(make) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +55,22 @@ def test_the_kink_of_laplace_is_integrated_roughly():
         found = predictive_distribution(likelihood, MEANS, VARS)
         assert gap(found.mean, MEANS) < 1e-12
         assert gap(found.variance, VARS + likelihood(MEANS).variance) < 1e-9
+
+
+class Exposed(LogPoissonLikelihood):
+    """Counts of rate exposure · e^f."""
+
+    def forward(self, function_samples, *args, exposure=1.0, **kwargs):
+        return torch.distributions.Poisson(exposure * function_samples.exp())
+
+
+@pytest.mark.parametrize("n", [3, quadrature.NUM_NODES])  # as many data as nodes, too
+def test_a_number_of_each_datum_stays_with_its_datum(n):
+    mean, var, exposure = torch.linspace(-1, 1, n).double(), torch.full((n,), 0.3).double(), torch.arange(1.0, n + 1)
+    found = predictive_distribution(Exposed(), mean, var, exposure=exposure.double())
+    assert gap(found.mean, exposure * (mean + 0.5 * var).exp()) < 1e-9
+    own = log_predictive(Exposed(), torch.ones(n).double(), mean, var, exposure=exposure.double())
+    assert gap(found.log_prob(torch.ones(n).double()), own) < 1e-9
 
 
 def test_fixed_noise_takes_the_noise_of_each_test_datum():
