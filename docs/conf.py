@@ -159,7 +159,14 @@ def draw_math(as_block):
     return visit
 
 
+def report_missing(app, env, node, contnode):
+    """Warn of a name that a page refers to and the API does not have; types in docstrings go without a link."""
+    if node.get("refdomain") == "py" and node.get("refdoc") != "api":
+        logger.warning("no such name in the API: %s", node.get("reftarget"), location=node)
+
+
 def setup(app):
+    app.connect("missing-reference", report_missing)
     app.connect("source-read", fill_in_api)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (draw_math(False), None), (draw_math(True), None))

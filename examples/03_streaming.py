@@ -8,6 +8,7 @@ Claims, each asserted: at its end the stream predicts held-out data as well as a
 and loaded, it goes on to the same last bit; to forget a datum of memory is to subtract its site.
 """
 
+import copy
 import os
 import tempfile
 
@@ -24,8 +25,7 @@ torch.set_num_threads(1)  # small matrices: a second thread costs more than it b
 M, BATCHES, n = 20, 8, 240 if "SMOKE" in os.environ else 600
 X, y = (torch.tensor(a).double() for a in make_moons(n, noise=0.2, random_state=0))
 X_test, y_test = (torch.tensor(a).double() for a in make_moons(1000, noise=0.2, random_state=1))
-order = X[:, 0].argsort()
-X, y = X[order], y[order]
+X, y = (a[X[:, 0].argsort()] for a in (X, y))
 
 
 def modules():
@@ -33,20 +33,16 @@ def modules():
 
 
 # %%
-# The stream. Whatever is drawn is drawn as it comes by; half-way the model is written to a file.
-fig, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
-panels = dict(zip((1, 3, 5, 7, 8), axes.flat, strict=False))
+# The stream. Half-way the model is written to a file.
 gp = DualGP(*modules(), num_inducing=M, memory=M, memory_rule="leverage")
-seen, nlpd = [], []
+seen, nlpd, snapshots = [], [], []
 with tempfile.TemporaryDirectory() as folder:
     for k, (x, t) in enumerate(zip(X.chunk(BATCHES), y.chunk(BATCHES), strict=True), start=1):
         print(result := gp.update(x, t))
         seen.append(result.num_seen)
         nlpd.append(gp.nlpd(X_test, y_test))
         assert max(result.num_inducing, result.num_memory) <= M
-        if k in panels:
-            image, *_ = plot_stream_2d(panels[k], gp, (-1.8, 2.8, -1.3, 1.8), past=(X[: seen[-1]], y[: seen[-1]]))
-            panels[k].set(title=f"after {seen[-1]} data", xlabel="input 1", ylabel="input 2")
+        snapshots.append(copy.deepcopy(gp))
         if k == BATCHES // 2:
             gp.save(f"{folder}/stream.safetensors")
     resumed = DualGP.load(f"{folder}/stream.safetensors", *modules())
@@ -70,6 +66,10 @@ torch.testing.assert_close(gp.predict(X_test), less.predict(X_test), rtol=0, ato
 
 # %%
 # Z follows the data; memory (edged, larger with leverage β·v) gathers where the classes meet.
+fig, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+for ax, k in zip(axes.flat, (0, 2, 4, 6, 7), strict=False):
+    image, *_ = plot_stream_2d(ax, snapshots[k], (-1.8, 2.8, -1.3, 1.8), past=(X[: seen[k]], y[: seen[k]]))
+    ax.set(title=f"after {seen[k]} data", xlabel="input 1", ylabel="input 2")
 axes[1, 2].plot(seen, nlpd, "o-", color=BLUE, label="stream")
 axes[1, 2].axhline(once, linestyle="--", color=BLACK, label="all data at once")
 axes[1, 2].set(title="1000 held-out data", xlabel="data seen", ylabel="NLPD (nats per datum)", ylim=(0, None))
