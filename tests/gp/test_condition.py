@@ -187,6 +187,18 @@ def test_what_memory_holds_is_asked_again(name, memory):
     agree(gp.condition(X, y), textbook(gp, X, y).posterior, 1e-6)  # and is not, unless that is wanted
 
 
+@pytest.mark.parametrize("name", ["probit", "log poisson"])
+def test_a_datum_far_away_changes_no_site_of_memory(name):
+    """Of memory that Z does not hold: sites are where the posterior has them, r included."""
+    likelihood, target = NON_GAUSSIAN[name]
+    x = waves(30, 1)[0]
+    gp = DualGP(matern(0.5, 1.5, nu=1.5), likelihood().double(), inducing_points=Z, jitter=JITTER, memory=30)
+    gp.update(x, target(f_at(x)), learn_hyperparameters=False, tol=1e-12)
+    found = gp.condition(at(60.0).unsqueeze(-1), at(1.0), recall=True)
+    for now, before in zip(found.predict(T), gp.predict(T), strict=True):
+        assert gap(now, before) < 1e-5
+
+
 def test_outputs_and_weights_in_memory_are_asked_again():
     target, weights = NON_GAUSSIAN["probit"][1], torch.linspace(0.0, 2.0, 12, dtype=F64)
     y = target(torch.stack([f_at(APART), 0.3 - f_at(APART)], -1))
