@@ -1,4 +1,4 @@
-"""Two processes with a gloo group between them, and what they are asked to do: each function gets its rank first."""
+"""Two processes or more with a gloo group between them, and what they are asked to do: each is given its rank first."""
 
 import os
 import signal
@@ -31,22 +31,27 @@ from dualgp.sites import Sites
 
 SIZE = 2
 PATIENCE = 60  # seconds, after which a rank counts as left hanging
+START = 300  # seconds that processes may take to import torch side by side
 
 
 class Pair:
-    """`pair(function, *arguments)` runs a function on both ranks and returns what each returned or raised."""
+    """`pair(function, *arguments)` runs a function on all ranks and returns what each returned or raised."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes, self.alive = [], [], True
-        for rank in range(SIZE):
+        for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, f"{self.folder.name}/store", theirs), daemon=True)
+            args = (rank, size, f"{self.folder.name}/store", theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(START), f"rank {rank} did not start"
+            pipe.recv()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for pipe in self.pipes:
@@ -68,11 +73,12 @@ class Pair:
         self.folder.cleanup()
 
 
-def _serve(rank: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
+    pipe.send("started")
     while True:
         try:
             function, arguments = pipe.recv()
@@ -105,15 +111,16 @@ def model(kind: str, **options: Any) -> DualGP:
     return DualGP(rbf(1.1, 1.2), likelihood[kind](), **options)
 
 
-def share(tensor: Tensor, rank: int) -> Tensor:
-    """Every third datum, and two of three: shares of different sizes."""
-    rows = torch.arange(len(tensor)) % 3 == 0
-    return tensor[rows if rank == 0 else ~rows]
+def share(tensor: Tensor, rank: int, size: int | None = None) -> Tensor:
+    """Shares of different sizes, as 1 to 2 (to 3): every third datum, and two of three."""
+    size = size or (dist.get_world_size() if dist.is_initialized() else SIZE)
+    turn = torch.arange(len(tensor)) % (size * (size + 1) // 2)
+    return tensor[(turn >= rank * (rank + 1) // 2) & (turn <= rank * (rank + 3) // 2)]
 
 
-def in_order(tensor: Tensor) -> Tensor:
+def in_order(tensor: Tensor, size: int = SIZE) -> Tensor:
     """All data in the order of ranks, as one process has them."""
-    return torch.cat([share(tensor, rank) for rank in range(SIZE)])
+    return torch.cat([share(tensor, rank, size) for rank in range(size)])
 
 
 def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

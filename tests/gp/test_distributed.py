@@ -39,6 +39,14 @@ def pair(pairs: list[ranks.Pair]) -> ranks.Pair:
     return pairs[-1]
 
 
+@pytest.fixture(scope="module")
+def trio() -> Iterator[ranks.Pair]:
+    """Three processes."""
+    three = ranks.Pair(3)
+    yield three
+    three.close()
+
+
 def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert found["num_data"] == expected["num_data"] == 90
     assert abs(found["elbo"] - expected["elbo"]) <= tolerance * abs(expected["elbo"])
@@ -47,9 +55,9 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
         torch.testing.assert_close(found["state"][name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def assert_same_on_both(answers: list[dict]) -> None:
-    first, second = (a["state"] for a in answers)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def assert_same_on_all(answers: list[dict]) -> None:
+    first, *others = (a["state"] for a in answers)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,9 +66,47 @@ def test_two_processes_make_of_tensors_what_one_does(pair, kind):
     alone = ranks.outcome(ranks.model(kind, inducing_points=Z), *map(ranks.in_order, ranks.problem(kind)), **EXACT)
     for found in answers:
         assert_close(found, alone, 1e-10)
-    assert_same_on_both(answers)
+    assert_same_on_all(answers)
     for of_ranks, of_one in zip(zip(*(a["sites"] for a in answers), strict=True), alone["sites"], strict=True):
         torch.testing.assert_close(torch.cat(of_ranks), of_one, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_processes_make_of_tensors_what_one_does(trio, kind):
+    answers = trio(ranks.fit_tensors, kind, {"inducing_points": Z}, EXACT)
+    data = (ranks.in_order(t, 3) for t in ranks.problem(kind))
+    alone = ranks.outcome(ranks.model(kind, inducing_points=Z), *data, **EXACT)
+    for found in answers:
+        assert_close(found, alone, 1e-10)
+    assert_same_on_all(answers)
+    for of_ranks, of_one in zip(zip(*(a["sites"] for a in answers), strict=True), alone["sites"], strict=True):
+        torch.testing.assert_close(torch.cat(of_ranks), of_one, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("about", "named"),
+    [
+        ("columns", "columns of X (rank 0: 2, rank 1: 1, rank 2: 2)"),
+        ("kernel", "rank 1: ScaleKernel() base_kernel:MaternKernel("),
+        ("hyperparameters", "kernel base_kernel.raw_lengthscale"),
+    ],
+)
+def test_of_three_the_one_that_disagrees_is_named_on_each(trio, tmp_path, about, named):
+    answers = trio(ranks.disagree, about, str(tmp_path / "checkpoint"))
+    assert [error for error, _ in answers] == ["InputError"] * 3
+    assert all(named in message for _, message in answers)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_three_the_two_that_are_left_are_told(trio, tmp_path):
+    path = tmp_path / "checkpoint"
+    first, own, third = trio(ranks.failing_loader, 3, False, str(path))
+    assert own[:2] == ("OSError", "the disk is gone")
+    for error, heard, same, written in (first, third):
+        assert error == "DistributedError"
+        assert "rank 1: OSError: the disk is gone" in heard
+        assert same
+        assert written
 
 
 @pytest.mark.filterwarnings("ignore::dualgp.errors.ConvergenceWarning")
@@ -81,7 +127,7 @@ def test_two_processes_make_of_loaders_what_one_does(pair, kind):
     alone = ranks.outcome(ranks.model(kind, inducing_points=Z), parts[0] + parts[1], **EXACT)
     for found in answers:
         assert_close(found, alone, 1e-10)
-    assert_same_on_both(answers)
+    assert_same_on_all(answers)
 
 
 def test_a_distributed_sampler_shares_the_data_out(pair):
@@ -116,7 +162,7 @@ def test_learned_in_memory_two_processes_end_where_one_does(pair, kind):
     for found in answers:
         assert found["rounds"] == alone["rounds"]
         assert_close(found, alone, 1e-6)  # rounding, carried through some dozens of quasi-Newton steps
-    assert_same_on_both(answers)
+    assert_same_on_all(answers)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "bernoulli"])
@@ -133,7 +179,7 @@ def test_batches_of_two_processes_are_one_batch(pair, kind):
 @pytest.mark.filterwarnings("ignore::dualgp.errors.ConvergenceWarning")
 def test_a_fit_by_batches_is_one_model(pair):
     answers = pair(ranks.fit_loader, "bernoulli", {"num_inducing": 10}, {"max_rounds": 1})
-    assert_same_on_both(answers)
+    assert_same_on_all(answers)
     assert answers[0]["num_data"] == 90
 
 
