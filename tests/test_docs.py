@@ -72,7 +72,7 @@ from botorch.models.transforms import Normalize, Standardize
 
 kernel, likelihood, d = kernel.double(), likelihood.double(), 2
 X, y = X[:20].double(), y[:20].double()
-Y, bounds = y.unsqueeze(-1), torch.tensor([[-2.0, -2.0], [2.0, 2.0]]).double()
+Y, labels, bounds = y.unsqueeze(-1), (y > 0).double(), torch.tensor([[-2.0, -2.0], [2.0, 2.0]]).double()
 gp = dualgp.DualGP(kernel, likelihood, num_inducing=15)
 """,
     "docs/distributed.md": BASICS
