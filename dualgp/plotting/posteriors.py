@@ -16,7 +16,19 @@ from dualgp.basis import InducingBasis
 from dualgp.errors import InputError
 from dualgp.gp.model import DualGP
 from dualgp.nets.posterior import NetworkPosterior
-from dualgp.plotting.style import BLACK, BLUE, FIELD, GREEN, VERMILION, areas, by_class, checked_data, to_array
+from dualgp.plotting.style import (
+    BLACK,
+    BLUE,
+    FIELD,
+    GREEN,
+    VERMILION,
+    areas,
+    by_class,
+    checked_data,
+    draw_field,
+    plane,
+    to_array,
+)
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 
@@ -169,21 +181,14 @@ def plot_decision_2d(
     Z = gp.posterior.basis.inducing_points
     if Z.shape[-1] != 2:
         raise InputError(f"plot_decision_2d draws two inputs, the model has {Z.shape[-1]}.")
-    sides = [torch.linspace(a, b, resolution).to(Z) for a, b in (bounds[:2], bounds[2:])]
-    grid = torch.cartesian_prod(*sides)  # [R², 2]
+    a, b, grid = plane(bounds, resolution, Z.dtype, Z.device)
     p = gp.predict_likelihood(grid)
     if not isinstance(p, Bernoulli):
         raise InputError(f"plot_decision_2d needs a binary model, with Bernoulli predictions; got {type(p).__name__}.")
-    field = to_array(p.probs).reshape(resolution, resolution).T
-    a, b = (to_array(s) for s in sides)
-    edges = (a[0], a[-1], b[0], b[-1])
-    artists: list[Artist] = [
-        ax.imshow(field, FIELD, aspect="auto", origin="lower", extent=edges, interpolation="bilinear", vmin=0, vmax=1),
-        ax.contour(a, b, field, levels=[0.5], colors=BLACK),
-    ]
+    image, field = draw_field(ax, p.probs, bounds, FIELD, vmin=0, vmax=1)
+    artists: list[Artist] = [image, ax.contour(to_array(a), to_array(b), field, levels=[0.5], colors=BLACK)]
     if data is not None:
         artists += by_class(ax, *checked_data(data, 2), classes, s=22.0, edgecolors="white", linewidths=0.4)
     if inducing:
         artists += ax.plot(*to_array(Z).T, "+", color=BLACK, markersize=7, label="inducing inputs Z")
-    ax.set(xlim=bounds[:2], ylim=bounds[2:])
     return artists

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -15,7 +14,7 @@ from dualgp.active.scores import Rule
 from dualgp.errors import InputError
 from dualgp.gp.model import DualGP
 from dualgp.nets.posterior import NetworkPosterior
-from dualgp.plotting.style import BLACK, BLUE, VERMILION, WORTH, areas, to_array
+from dualgp.plotting.style import BLACK, BLUE, VERMILION, WORTH, areas, draw_field, plane, to_array
 
 
 def plot_score_2d(
@@ -44,7 +43,7 @@ def plot_score_2d(
         NotFittedError: if the model has not been fitted.
 
     Example:
-        >>> import gpytorch, matplotlib.pyplot as plt
+        >>> import gpytorch, torch, matplotlib.pyplot as plt
         >>> X = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
         >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood())
         >>> result = gp.fit(X, torch.tensor([0, 0, 1, 1]), learn_hyperparameters=False, learn_inducing=False)
@@ -53,12 +52,9 @@ def plot_score_2d(
         3
         >>> plt.close(fig)
     """
-    dtype = q.posterior.basis.dtype
-    sides = [torch.linspace(a, b, resolution, dtype=dtype) for a, b in (bounds[:2], bounds[2:])]
-    learner: Any = q
-    worth = to_array(score(learner, torch.cartesian_prod(*sides), rule, **options)).reshape(resolution, resolution).T
-    image = ax.imshow(worth, WORTH, aspect="auto", origin="lower", interpolation="bilinear")
-    image.set_extent((bounds[0], bounds[1], bounds[2], bounds[3]))
+    basis, learner = q.posterior.basis, cast(Any, q)
+    *_, grid = plane(bounds, resolution, basis.dtype, basis.device)
+    image, _ = draw_field(ax, score(learner, grid, rule, **options), bounds, WORTH)
     artists: list[Artist] = [image]
     if chosen is not None:
         if chosen.ndim != 2 or chosen.shape[-1] != 2:
@@ -66,7 +62,6 @@ def plot_score_2d(
         box = {"boxstyle": "circle", "facecolor": VERMILION, "edgecolor": "white", "pad": 0.2}
         for number, (a, b) in enumerate(chosen.tolist(), 1):
             artists.append(ax.text(a, b, str(number), ha="center", va="center", color="white", size=8, bbox=box))
-    ax.set(xlim=bounds[:2], ylim=bounds[2:])
     return artists
 
 
@@ -86,7 +81,7 @@ def plot_data_scores_2d(
         InputError: if shapes do not fit.
 
     Example:
-        >>> import matplotlib.pyplot as plt
+        >>> import torch, matplotlib.pyplot as plt
         >>> fig, ax = plt.subplots()
         >>> scores = torch.tensor([1.0, -1.0, 2.0, 0.5])
         >>> len(plot_data_scores_2d(ax, torch.rand(4, 2), scores, chosen=torch.tensor([2])))

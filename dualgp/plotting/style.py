@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from dualgp.errors import InputError
@@ -16,6 +19,34 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F
 BLUE, VERMILION, GREEN, *_, BLACK = PALETTE
 WORTH = LinearSegmentedColormap.from_list("dualgp worth", ["#FFFFFF", "#6BAED6", "#08306B"])
 FIELD = LinearSegmentedColormap.from_list("dualgp", ["#F0A36B", "#FFFFFF", "#6BAED6"])
+
+
+def plane(
+    bounds: Sequence[float | int], resolution: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two sides of a grid over (x₁ from, x₁ to, x₂ from, x₂ to), and its points, [R], [R] and [R², 2]."""
+    sides = (bounds[:2], bounds[2:])
+    a, b = (torch.linspace(low, high, resolution, dtype=dtype, device=device) for low, high in sides)
+    return a, b, torch.cartesian_prod(a, b)
+
+
+def draw_field(
+    ax: Axes,
+    values: Tensor,
+    bounds: Sequence[float | int],
+    cmap: Colormap,
+    *,
+    vmin: float | int | None = None,
+    vmax: float | int | None = None,
+) -> tuple[AxesImage, np.ndarray]:
+    """Draw values at the points of a `plane`, its bounds as the axes' limits; return the image and values [x₂, x₁]."""
+    side = round(len(values) ** 0.5)
+    field = to_array(values).reshape(side, side).T
+    x1, x2, y1, y2 = bounds
+    image = ax.imshow(field, cmap, aspect="auto", origin="lower", interpolation="bilinear", vmin=vmin, vmax=vmax)
+    image.set_extent((x1, x2, y1, y2))
+    ax.set(xlim=(x1, x2), ylim=(y1, y2))
+    return image, field
 
 
 def by_class(
