@@ -257,6 +257,16 @@ def check_param_names(likelihood: Likelihood, names: Iterable[str]) -> None:
         raise InputError(f"{type(likelihood).__name__} takes no {unknown[0]}= per datum; leave it out.")
 
 
+def check_variances(noise: Tensor, what: str = "noise=") -> None:
+    """Raise unless all variances of noise are positive.
+
+    Raises:
+        InputError: with the smallest.
+    """
+    if not bool((noise > 0).all()):
+        raise InputError(f"{what} must be positive variances; the smallest is {noise.min().item():g}.")
+
+
 def check_targets(likelihood: Likelihood, y: Tensor) -> None:
     """Raise unless every target is one the likelihood can produce.
 

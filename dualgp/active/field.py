@@ -10,7 +10,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.duals import check_param_names
+from dualgp.duals import check_param_names, check_variances
 from dualgp.errors import InputError
 from dualgp.influence.blocks import bare
 from dualgp.information import expected_beta
@@ -72,8 +72,8 @@ def check_params(likelihood: Likelihood, params: dict[str, Tensor], n: int) -> N
         if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != n or not bool(values.isfinite().all()):
             came = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"{name}= must be a torch.Tensor of one finite value per candidate, [{n}]; got {came}.")
-        if name == "noise" and not bool((values > 0).all()):
-            raise InputError(f"noise= must be positive variances; the smallest is {values.min().item():g}.")
+        if name == "noise":
+            check_variances(values)
 
 
 def is_coupled(q: Learner) -> bool:

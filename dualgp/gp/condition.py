@@ -197,12 +197,9 @@ class _At(NamedTuple):
         none = torch.zeros_like(m[..., m.shape[-1] - len(data) :])
         if recalled is None:
             return cls(base, likelihood, data.y, data.params, m, V, none, (none, none), data.all_weights())
-        memory, multi = recalled.memory, data.targets_multi
-        shape = data.y.shape[: -2 if multi else -1]
-        y = torch.cat(
-            [memory.data.y.to(data.y).expand(*shape, *memory.data.y.shape[-2 if multi else -1 :]), data.y],
-            -2 if multi else -1,
-        )
+        memory, of_data = recalled.memory, -2 if data.targets_multi else -1
+        told = memory.data.y.to(data.y)
+        y = torch.cat([told.expand(*data.y.shape[:of_data], *told.shape[of_data:]), data.y], of_data)
         parts = [
             torch.cat([t.expand(*m.shape[:-1], -1), none], -1) for t in (recalled.residual, *memory.sites.by_latent())
         ]

@@ -10,7 +10,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.distributed import ALONE, Ranks
-from dualgp.duals import check_param_names, check_targets, gaussian_noise, training_params
+from dualgp.duals import check_param_names, check_targets, check_variances, gaussian_noise, training_params
 from dualgp.errors import InputError
 from dualgp.sites import Sites
 
@@ -118,6 +118,11 @@ def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> 
         )
 
 
+def has_multi_targets(likelihood: Likelihood, num_outputs: int | None) -> bool:
+    """Return whether targets have a dimension for the outputs: a label of a softmax is one for all of them."""
+    return num_outputs is not None and not isinstance(likelihood, SoftmaxLikelihood)
+
+
 def check_data(
     likelihood: Likelihood, x: Tensor, y: Tensor, num_outputs: int | None, params: dict[str, Tensor] | None = None
 ) -> Data:
@@ -131,7 +136,7 @@ def check_data(
         raise InputError(f"y must be a torch.Tensor, got {type(y).__name__}; use torch.as_tensor.")
     if y.device != x.device:
         raise InputError(f"X is on {x.device} and y on {y.device}; move one with .to(...).")
-    multi = num_outputs is not None and not isinstance(likelihood, SoftmaxLikelihood)
+    multi = has_multi_targets(likelihood, num_outputs)
     want = (*x.shape[:-1], num_outputs) if multi else tuple(x.shape[:-1])
     if tuple(y.shape) != want:
         hint = " Use y.squeeze(-1)." if tuple(y.shape) == (*want, 1) else ""
@@ -151,8 +156,8 @@ def check_data(
             raise InputError(
                 f"{name}= must hold one finite value per datum ({x.shape[-2]}), got {tuple(values.shape)}."
             )
-        if name == "noise" and not bool((values > 0).all()):
-            raise InputError(f"noise= must be positive variances; the smallest is {values.min().item():g}.")
+        if name == "noise":
+            check_variances(values)
     return Data(x, y, multi, {name: values.to(x.device) for name, values in params.items()})
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor
 
 from dualgp import files
 from dualgp.errors import InputError, NotFittedError
-from dualgp.gp.data import Data
+from dualgp.gp.data import Data, has_multi_targets
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.products import Fitted, Products, State
 from dualgp.gp.storage import GENERATOR, check_modules, check_shapes
@@ -43,7 +43,7 @@ def pack(fitted: Fitted) -> dict[str, Tensor]:
 def unpack(model: ExactGP, tensors: dict[str, Tensor]) -> Fitted:
     """Return the fit that `pack` took apart, under the hyperparameters that the model has."""
     x, y, noise, kl = (tensors[FIT + name] for name in ("x", "y", "noise", "kl"))
-    multi = model.num_outputs is not None and not isinstance(model.likelihood, SoftmaxLikelihood)
+    multi = has_multi_targets(model.likelihood, model.num_outputs)
     params = {name.removeprefix(PARAMETER): t for name, t in tensors.items() if name.startswith(PARAMETER)}
     hyper = Hyper(
         model.kernel, model.mean, model.likelihood, x[:1], dtype=x.dtype, num_outputs=model.num_outputs, jitter=0.0,

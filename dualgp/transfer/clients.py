@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.sites import WeightSite, apply_precision
 from dualgp.transfer.functions import FunctionSite
-from dualgp.transfer.merging import loss_gradient
+from dualgp.transfer.merging import loss_gradient, natural_parameters
 from dualgp.transfer.terms import Term, flat_weights, quadratic
 from dualgp.weights import WeightPosterior, check_layouts
 
@@ -129,8 +129,7 @@ class ClientTask:
         if not isinstance(q, WeightPosterior):
             raise BasisMismatchError(f"The server's sites are diagonal or dense, not those of a {type(q).__name__}.")
         check_layouts([self.cavity, q])
-        site = WeightSite(apply_precision(q.precision, q.mean), q.precision) - _natural(self.cavity)
-        return self._checked(site * self.penalty)
+        return self._checked((natural_parameters(q) - natural_parameters(self.cavity)) * self.penalty)
 
     def _checked(self, site: WeightSite) -> Reply:
         if not bool(site.lam.isfinite().all() and site.B.isfinite().all()):
@@ -143,8 +142,3 @@ def with_functions(term: Term, functions: Iterable[FunctionSite]) -> Term:
     for site in functions:
         term = term + site.term()
     return term
-
-
-def _natural(q: WeightPosterior) -> WeightSite:
-    """The natural parameters (S m, S), prior included."""
-    return WeightSite(apply_precision(q.precision, q.mean), q.precision)

@@ -189,7 +189,7 @@ def fisher_average(
     _check_alike(posteriors)
     if any(isinstance(q, KroneckerPosterior) for q in posteriors):
         raise InputError("Means are weighted by diagonal or dense precisions: turn Kronecker ones into to_dense().")
-    sites = [WeightSite(apply_precision(q.precision, q.mean), q.precision) for q in posteriors]
+    sites = [natural_parameters(q) for q in posteriors]
     total = alphas[0] * sites[0]
     for site, alpha in zip(sites[1:], alphas[1:], strict=True):
         total = total + alpha * site
@@ -268,6 +268,11 @@ def gradient_mismatch(
         there = there + alpha * loss_gradient(network, q.layout, m0, loss)
         per_task.append((g if q.site is None else g - apply_precision(q.site.B, theta) + q.site.lam).norm())
     return Mismatch(torch.stack(per_task), float(here.norm()), float(there.norm()))
+
+
+def natural_parameters(q: WeightPosterior) -> WeightSite:
+    """Return (S m, S) of a posterior, its prior included."""
+    return WeightSite(apply_precision(q.precision, q.mean), q.precision)
 
 
 def loss_gradient(

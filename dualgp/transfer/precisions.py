@@ -234,12 +234,7 @@ def _preconditioner(terms: Terms, diagonal: Tensor) -> Map:
     A = torch.stack([g.trace() * A for g, A in scaled]).sum(0) / G.trace()
     (g, U), (a, W) = torch.linalg.eigh(symmetrise(G)), torch.linalg.eigh(symmetrise(A))
     values = torch.outer(g, a).clamp_min(0.0) + diagonal.mean().clamp_min(1e-12 * float(g.abs().max() * a.abs().max()))
-
-    def apply(v: Tensor) -> Tensor:
-        V = v.view(len(g), len(a))
-        return (U @ ((U.mT @ V @ W) / values) @ W.mT).flatten()
-
-    return apply
+    return Eigen(U, W, values).solve
 
 
 def _conjugate_gradients(apply: Map, precondition: Map, b: Tensor, layer: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor
 
-from dualgp.duals import check_targets, gaussian_noise
+from dualgp.duals import check_targets, check_variances, gaussian_noise
 from dualgp.errors import InputError
 from dualgp.gp.condition import Conditioned
 from dualgp.gp.data import Data
@@ -39,8 +39,7 @@ def check_noise(noise: Tensor, n: int, m: int) -> None:
     if not isinstance(noise, Tensor) or noise.ndim < 2 or noise.shape[-2] not in (1, n) or noise.shape[-1] != m:
         came = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
         raise InputError(f"Expected noise variances of shape [..., {n}, {m}] or [..., 1, {m}], got {came}.")
-    if not bool((noise > 0).all()):
-        raise InputError(f"noise must be positive variances; the smallest is {noise.min().item():g}.")
+    check_variances(noise, "noise")
 
 
 def with_gaussian(

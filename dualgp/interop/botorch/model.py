@@ -22,7 +22,7 @@ from torch import Tensor
 from dualgp.duals import gaussian_noise, is_gaussian
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.gp.condition import Conditioned, condition
-from dualgp.gp.data import Data, check_inputs
+from dualgp.gp.data import Data, check_inputs, has_multi_targets
 from dualgp.gp.memory import Memory
 from dualgp.gp.model import DualGP
 from dualgp.information import expected_beta
@@ -140,8 +140,7 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
         if outcome_transform is not None:
             y, _ = outcome_transform.train()(Y)
             outcome_transform.eval()
-        several = gp.num_outputs is not None and not isinstance(gp.likelihood, SoftmaxLikelihood)
-        gp.fit(x, y if several else y.squeeze(-1), **options)
+        gp.fit(x, y if has_multi_targets(gp.likelihood, gp.num_outputs) else y.squeeze(-1), **options)
         return cls(gp, input_transform=input_transform, outcome_transform=outcome_transform, recall=recall)
 
     @property
@@ -227,7 +226,7 @@ class DualGPModel(GPyTorchModel, FantasizeMixin):
             return self._holding(with_gaussian(self.likelihood, self._given or self._base, X, Y, noise), None)
         if noise is not None:
             raise InputError(f"{type(self.likelihood).__name__} has no noise to be given: leave it out.")
-        multi = self._base.basis.num_outputs is not None and not isinstance(self.likelihood, SoftmaxLikelihood)
+        multi = has_multi_targets(self.likelihood, self._base.basis.num_outputs)
         data = joined(self.likelihood, self._data, X, Y, multi=multi)
         return self._holding(condition(self._base, self.likelihood, data, self._memory), data)
 
