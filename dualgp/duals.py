@@ -93,12 +93,19 @@ def _duals(
         elp = _gaussian(y.double(), mean, var, noise)
         beta = (1.0 / noise).expand(mean.shape)
         return DualParameters(elp, (y - mean) * beta, beta.clone())
-    with torch.enable_grad():
+    with torch.inference_mode(False):  # gradients are taken within inference_mode() and no_grad() as outside of them
+        mean, var, y = (recordable(t) for t in (mean, var, y))
+        params = {name: recordable(values) for name, values in params.items()}
         if not create_graph:
             mean, var = mean.requires_grad_(), var.requires_grad_()
         elp = expected_log_prob(likelihood, y, mean, var, **params)
         d_mean, d_var = torch.autograd.grad(elp.sum(), (mean, var), create_graph=create_graph)
     return DualParameters(elp if create_graph else elp.detach(), d_mean, -2.0 * d_var)
+
+
+def recordable(values: Tensor) -> Tensor:
+    """Return what autograd can save: a tensor made in `torch.inference_mode()` it cannot."""
+    return values.clone() if values.is_inference() else values
 
 
 def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, **params: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
@@ -55,6 +56,15 @@ def check_arguments(
         raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
     if not jitter >= 0:
         raise InputError(f"jitter must be ≥ 0, got {jitter}.")
+
+
+def check_mode() -> None:
+    """Raise InputError in `torch.inference_mode()`, whose tensors no gradient passes through ever after."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "Data cannot be taken in within torch.inference_mode(): its tensors would stay in the model, which could "
+            "not learn from then on. Call this outside of it; torch.no_grad() does no harm."
+        )
 
 
 def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> None:

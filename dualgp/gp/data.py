@@ -10,7 +10,14 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
 from dualgp.distributed import ALONE, Ranks
-from dualgp.duals import check_param_names, check_targets, check_variances, gaussian_noise, training_params
+from dualgp.duals import (
+    check_param_names,
+    check_targets,
+    check_variances,
+    gaussian_noise,
+    recordable,
+    training_params,
+)
 from dualgp.errors import InputError
 from dualgp.sites import Sites
 
@@ -158,7 +165,8 @@ def check_data(
             )
         if name == "noise":
             check_variances(values)
-    return Data(x, y, multi, {name: values.to(x.device) for name, values in params.items()})
+    params = {name: recordable(values.to(x.device)) for name, values in params.items()}
+    return Data(recordable(x), recordable(y), multi, params)
 
 
 def check_weights(weights: Tensor, data: Data) -> Tensor:

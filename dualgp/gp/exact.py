@@ -168,8 +168,8 @@ class ExactGP(nn.Module):
         shape = len(data) + min(self.effort.rank, len(data)), self.effort.num_probes
         noise = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(X.device)
         hyper = Hyper(
-            self.kernel, self.mean, self.likelihood, X[:1], dtype=X.dtype, num_outputs=self.num_outputs, jitter=0.0,
-            learn_inducing=False, learn_hyperparameters=learn_hyperparameters,
+            self.kernel, self.mean, self.likelihood, data.x[:1], dtype=X.dtype,
+            num_outputs=self.num_outputs, jitter=0.0, learn_inducing=False, learn_hyperparameters=learn_hyperparameters,
         )  # fmt: skip
         work = Search(hyper, data, self.effort_in(X.dtype), noise, tol)
         with Progress(progress) as bar:

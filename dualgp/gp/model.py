@@ -19,7 +19,7 @@ from dualgp.distributed import Ranks
 from dualgp.duals import num_outputs_of
 from dualgp.errors import InputError
 from dualgp.gp import storage, stream
-from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_same
+from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_mode, check_same
 from dualgp.gp.condition import Conditioned, condition
 from dualgp.gp.data import Data, check_inputs, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
@@ -159,6 +159,7 @@ class DualGP(FittedGP):
             DistributedError: if another rank has raised, has ended or does not answer.
         """
         with Ranks(process_group, _remedy(checkpoint)) as ranks:
+            check_mode()
             check_fit(tol, max_rounds, batch_size)
             what = {"X given as": "tensors" if _is_array(X) else "a loader", "in batches": batch_size is not None}
             learn = {"learn_inducing": learn_inducing, "learn_hyperparameters": learn_hyperparameters}
@@ -233,6 +234,7 @@ class DualGP(FittedGP):
             >>> result.num_seen, round(gp.predict(torch.tensor([[1.5]]))[0].item(), 1)
             (60, 1.0)
         """
+        check_mode()
         if not tol > 0:
             raise InputError(f"tol must be positive, got {tol}.")
         data = self._check(X, y, **params)
@@ -353,11 +355,6 @@ class DualGP(FittedGP):
     def _hyper(
         self, kernel: Kernel, likelihood: Likelihood, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool
     ) -> Hyper:
-        if (learn_inducing or learn_hyperparameters) and torch.is_inference_mode_enabled():
-            raise InputError(
-                "Hyperparameters and Z are learned by gradients, which torch.inference_mode() forbids: call this "
-                "outside of it, or with learn_hyperparameters=False (and learn_inducing=False)."
-            )
         return Hyper(
             kernel,
             self.mean,

@@ -9,7 +9,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.duals import check_param_names, check_targets, num_outputs_of, training_params
+from dualgp.duals import check_param_names, check_targets, num_outputs_of, recordable, training_params
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
 from dualgp.jacobian import JacobianBasis
@@ -107,7 +107,8 @@ def _batch(item: Any) -> Batch:
         raise InputError(
             f"Inputs and targets must have one row each per datum, got {tuple(x.shape)}, {tuple(y.shape)}."
         )
-    return Batch(x.detach(), y.detach(), {"noise": item[2].detach()} if len(item) == 3 else {})
+    x, y, *noise = (recordable(t.detach()) for t in item)
+    return Batch(x, y, {"noise": noise[0]} if noise else {})
 
 
 def check_outputs(likelihood: Likelihood, num_outputs: int) -> None:

@@ -370,3 +370,20 @@ def test_gradients_with_respect_to_the_inputs_of_the_prediction():
     with torch.no_grad():
         want = numerical(lambda t: sum(conditioned.predict(t)).unsqueeze(-1), T, step=1e-3)
     assert gap(found, want) < 1e-7
+
+
+@pytest.mark.parametrize("likelihood", [gaussian, BernoulliLikelihood])
+def test_in_inference_mode(likelihood):
+    """What tells about data works there, and what takes them in works on tensors that were made there."""
+    with torch.inference_mode():
+        y = (X.squeeze(-1) > 0).double()
+        new, t = X + 0.05, T.clone()
+    gp = base(likelihood(), (waves(30, 1)[1] > 0).double())
+    outside = gp.condition(X + 0.05, y.clone())
+    with torch.inference_mode():
+        within = gp.condition(new, y)
+        assert torch.equal(within.predict(t)[0], outside.predict(T)[0])
+        assert torch.equal(gp.sites_at(new, y).lam, gp.sites_at(X + 0.05, y.clone()).lam)
+    before = gp.predict(T)[0]
+    gp.update(new, y)
+    assert not torch.equal(gp.predict(T)[0], before)

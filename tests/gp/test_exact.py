@@ -299,6 +299,17 @@ def test_probes_come_from_the_generator_and_fits_are_repeatable():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_data_made_in_inference_mode_are_learned_from_as_others():
+    x, y, likelihood, _ = problem("bernoulli")
+    with torch.inference_mode():
+        made = x.clone(), y.clone()
+    gps = [model(likelihood), model(likelihood)]
+    for gp, data in zip(gps, [(x, y), made], strict=True):
+        with pytest.warns(errors.ConvergenceWarning):
+            gp.fit(*data, max_steps=1)
+    assert torch.equal(gps[0].marginals[0], gps[1].marginals[0])
+
+
 def test_a_solve_that_falls_short_raises_and_leaves_the_model_as_it_was():
     x, y, likelihood, _ = problem("gaussian")
     gp = model(likelihood, rank=2, tol=1e-10, max_iterations=3)

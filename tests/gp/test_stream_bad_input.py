@@ -211,7 +211,7 @@ def test_learning_in_inference_mode(verb):
         with torch.inference_mode():
             getattr(gp, verb)(X[:6], Y[:6])
 
-    both("learn_hyperparameters=False", learn)
+    both(r"within torch.inference_mode\(\)", learn)
 
 
 # --- forget, fade, move_inducing ------------------------------------------------------------------
