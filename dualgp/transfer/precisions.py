@@ -19,14 +19,15 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from dualgp.errors import NotPositiveDefiniteError, UnsupportedError
+from dualgp.errors import NotPositiveDefiniteError, SolverError, UnsupportedError
 from dualgp.linalg import precision_cholesky, symmetrise
+from dualgp.solvers import conjugate_gradients
 
 Terms: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 Map: TypeAlias = Callable[[Tensor], Tensor]
 _DENSE = 2048  # weights of a layer up to which its precision is factorised densely
 _DENSE_VARIANCE = 8192  # and up to which it is for marginal variances, which nothing else gives
-_TOLERANCE, _STEPS = 1e-12, 2000
+_TOLERANCE, _STEPS = 1e-11, 2000
 _ROUNDING = 1e-10  # relative; eigenvalues of a factor that are no more negative than this are 0
 
 
@@ -82,10 +83,10 @@ class Eigen:
             raise _indefinite(layer, float(e.min()))
         return cls(U, W, e)
 
-    def solve(self, b: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        """Return S⁻¹b."""
-        V = b.view(self.e.shape)
-        return (self.U @ ((self.U.mT @ V @ self.W) / self.e) @ self.W.mT).flatten()
+    def solve(self, b: Float[Tensor, "*s p"]) -> Float[Tensor, "*s p"]:
+        """Return S⁻¹b, of each row."""
+        V = b.view(*b.shape[:-1], *self.e.shape)
+        return (self.U @ ((self.U.mT @ V @ self.W) / self.e) @ self.W.mT).flatten(-2)
 
     def variance(self) -> Float[Tensor, "p"]:
         """Return diag S⁻¹ = (U² ⊗ W²) e⁻¹."""
@@ -153,7 +154,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Iterative:
-    """S as it is: products with it, and conjugate gradients to a relative residual of 1e-12.
+    """S as it is: products with it, and conjugate gradients to a relative residual of 1e-11.
 
     Source: Papandreou & Yuille 2010 (draws by perturbation).
     """
@@ -172,16 +173,34 @@ class Iterative:
             _check_positive(S.apply, len(diagonal), layer)
         return S
 
-    def apply(self, v: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        """Return Sv."""
+    def apply(self, v: Float[Tensor, "*s p"]) -> Float[Tensor, "*s p"]:
+        """Return Sv, of each row."""
         out = self.diagonal * v
         for G, A in self.terms:
-            out += (G @ v.view(len(G), len(A)) @ A).flatten()
+            out += (G @ v.view(*v.shape[:-1], len(G), len(A)) @ A).flatten(-2)
         return out
 
-    def solve(self, b: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        """Return S⁻¹b."""
-        return _conjugate_gradients(self.apply, self.precondition, b, self.layer)
+    def solve(self, b: Float[Tensor, "*s p"]) -> Float[Tensor, "*s p"]:
+        """Return S⁻¹b, of each row.
+
+        Raises:
+            SolverError: if S is too badly conditioned.
+        """
+        rows = b.reshape(-1, len(self.diagonal))
+        try:
+            found = conjugate_gradients(
+                lambda v: self.apply(v.mT.contiguous()).mT,
+                rows.mT,
+                precondition=lambda r: self.precondition(r.mT.contiguous()).mT,
+                tol=_TOLERANCE,
+                max_iterations=_STEPS,
+            )
+        except SolverError as error:
+            raise SolverError(
+                f"The precision of layer {self.layer} is too badly conditioned: raise the prior precision, or use a "
+                f"diagonal. {error}"
+            ) from error
+        return found.x.mT.reshape(b.shape)
 
     def variance(self) -> Float[Tensor, "p"]:
         """Return diag S⁻¹, for which S is multiplied out.
@@ -203,7 +222,7 @@ class Iterative:
         eps = _noise((count, len(self.diagonal)), self.diagonal, generator) * self.diagonal.sqrt()
         for RG, RA in roots:
             eps += (RG @ _noise((count, len(RG), len(RA)), self.diagonal, generator) @ RA.mT).flatten(1)
-        return torch.stack([self.solve(row) for row in eps])
+        return self.solve(eps)
 
     def _multiplied_out(self, what: str) -> Dense:
         P = len(self.diagonal)
@@ -235,30 +254,6 @@ def _preconditioner(terms: Terms, diagonal: Tensor) -> Map:
     (g, U), (a, W) = torch.linalg.eigh(symmetrise(G)), torch.linalg.eigh(symmetrise(A))
     values = torch.outer(g, a).clamp_min(0.0) + diagonal.mean().clamp_min(1e-12 * float(g.abs().max() * a.abs().max()))
     return Eigen(U, W, values).solve
-
-
-def _conjugate_gradients(apply: Map, precondition: Map, b: Tensor, layer: str) -> Tensor:
-    x, r = torch.zeros_like(b), b.clone()
-    z = precondition(r)
-    p, rz = z.clone(), r @ z
-    for _ in range(_STEPS):
-        if r.norm() <= _TOLERANCE * b.norm():
-            return x
-        Ap = apply(p)
-        curvature = p @ Ap
-        if not float(curvature) > 0:
-            raise _indefinite(layer, float(curvature / (p @ p)))
-        step = rz / curvature
-        x, r = x + step * p, r - step * Ap
-        z = precondition(r)
-        rz, before = r @ z, rz
-        p = z + (rz / before) * p
-    if r.norm() <= 1e-6 * b.norm():
-        return x
-    raise NotPositiveDefiniteError(
-        f"Conjugate gradients left {float(r.norm() / b.norm()):.1e} of the right-hand side of layer {layer} after "
-        f"{_STEPS} steps: its precision is too badly conditioned. Raise the prior precision, or use a diagonal."
-    )
 
 
 def _check_positive(apply: Map, size: int, layer: str) -> None:
