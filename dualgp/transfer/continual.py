@@ -29,7 +29,7 @@ from dualgp.transfer.memory import MemorySet
 from dualgp.transfer.terms import (
     Term,
     check_canonical,
-    check_targets,
+    check_soft_targets,
     cross_entropy,
     encoded,
     flat_weights,
@@ -85,7 +85,7 @@ def residuals(memory: MemorySet, likelihood: Likelihood) -> Term:
     """
     if memory.y is None:
         raise InputError("Residuals need the targets of the memory: keep them with MemorySet.of(network, x, y).")
-    check_targets(likelihood, memory.y)
+    check_soft_targets(likelihood, memory.y)
     gap = predicted_mean(likelihood, memory.f) - encoded(likelihood, memory.y, memory.f)
     noise = getattr(likelihood, "noise", torch.ones(1)).detach().to(gap)
     weighted = (gap / noise).reshape(len(memory), -1) * memory.weights.unsqueeze(-1)
@@ -113,7 +113,7 @@ def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Numbe
         >>> torch.allclose(loss, nn.functional.cross_entropy(net(x), torch.zeros(5).long(), reduction="sum"))
         True
     """
-    check_targets(likelihood, y)
+    check_soft_targets(likelihood, y)
     w = torch.as_tensor(weights)
     if len(x) != len(y) or w.numel() not in (1, len(x)):
         raise InputError(f"Expected as many inputs, targets and weights, got {len(x)}, {len(y)} and {tuple(w.shape)}.")

@@ -159,7 +159,7 @@ def encoded(likelihood: Likelihood, y: Tensor, f: Tensor) -> Tensor:
     return y.reshape(f.shape).to(f)
 
 
-def check_targets(likelihood: Likelihood, y: Tensor) -> None:
+def check_soft_targets(likelihood: Likelihood, y: Tensor) -> None:
     """Raise unless targets can be of this likelihood: whole classes ≥ 0, in [0, 1], counts, or finite numbers.
 
     Raises:
