@@ -184,6 +184,8 @@ def marked(page: Path):
 
 @pytest.mark.parametrize("page", [marked(page) for page in IN_PROCESS])
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    if page.name == "botorch.md":
+        pytest.importorskip("botorch", reason="BoTorch is not installed")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     exec(GIVEN.get(name_of(page), ""), names)

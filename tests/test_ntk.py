@@ -278,9 +278,9 @@ def test_devices_run_the_same_code(name, device):
 
 @pytest.mark.parametrize("how", ["for all", "for each"])
 def test_the_users_choice_of_tensorfloat_is_left_out_and_left_alone(how):
-    matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
-    if not hasattr(matmul, "fp32_precision"):
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("torch before 2.9 cannot say what is in force")
+    matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
 
     class Recording(nn.Linear):
         def forward(self, x):
