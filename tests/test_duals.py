@@ -48,6 +48,10 @@ def gaussian() -> GaussianLikelihood:
     return likelihood
 
 
+def softmax() -> SoftmaxLikelihood:
+    return SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+
+
 def student() -> StudentTLikelihood:
     likelihood = StudentTLikelihood().double()
     likelihood.noise, likelihood.deg_free = at(1.5), at(4.0)
@@ -158,6 +162,8 @@ def test_a_kink_is_integrated_exactly():
     beta = 2 * (-0.5 * z.square()).exp() / (2 * math.pi * VARS).sqrt() / scale
     assert gap(duals.alpha, alpha) < 1e-12
     assert gap(duals.beta, beta) < 1e-12
+    log_prob = ref.brute(lambda f: -(HEAVY - f).abs() / scale - math.log(2 * scale), MEANS, VARS)
+    assert gap(duals.expected_log_prob, log_prob) < 1e-4  # of the brute sum, which sees the corner as jagged
 
 
 def test_a_student_t_that_is_narrow_beside_q():
@@ -304,6 +310,40 @@ def test_a_likelihood_with_an_expectation_of_its_own_is_used():
     residual = (y.sum(-1) / 2 - m.sum(-1)).unsqueeze(-1)
     assert gap(duals.alpha, residual.expand(5, 2)) < 1e-12
     assert gap(duals.beta, torch.ones(5, 2)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_the_expectation_that_a_likelihood_of_one_latent_has_is_given_the_moments_it_is_for(shape):
+    class One(gpytorch.likelihoods.Likelihood):
+        def forward(self, f: Tensor) -> torch.distributions.Normal:
+            return torch.distributions.Normal(f, 1.0)
+
+        def expected_log_prob(self, y: Tensor, q: gpytorch.distributions.MultivariateNormal, **_: Tensor) -> Tensor:
+            assert q.event_shape == (torch.Size([5]) if len(shape) == 1 else torch.Size(shape))
+            return -0.5 * ((y - q.mean).square() + q.variance)
+
+    y, m, v = (t.expand(shape) for t in (HEAVY, MEANS, VARS))
+    duals = dual_parameters(One(), y, m, v)
+    assert gap(duals.alpha, y - m) < 1e-12
+    assert gap(duals.beta, torch.ones(shape)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "y", "match"),
+    [
+        (softmax, [0.0, 2.0, 3.0, 4.0], r"SoftmaxLikelihood expects targets 0 … 2; 2 of 4 are not, the first being 3"),
+        (softmax, [0.0, -1.0, 2.0], "1 of 3 are not, the first being -1"),
+        (softmax, [0.5, 1.0], "1 of 2 are not, the first being 0.5"),
+        (BernoulliLikelihood, [[0.0, 1.0], [2.0, -1.0]], "expects targets 0 or 1.*2 of 4 are not, the first being 2"),
+        (PoissonLikelihood, [0.0, 3.0, 1.5], "in the support of Poisson: .*1 of 3 are not, the first being 1.5"),
+        (beta, [0.5, 0.0], "in the support of Beta: .*1 of 2 are not, the first being 0"),  # its density there is 0
+    ],
+)
+def test_targets_that_a_likelihood_cannot_produce(make, y, match):
+    for dtype in (torch.float32, F64):
+        with pytest.raises(errors.InputError, match=match):
+            check_targets(make(), torch.tensor(y, dtype=dtype))
+    check_targets(softmax(), torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import F64, gap
+from toys import F64, at, gap
 
 from dualgp import errors
 from dualgp.linalg import (
@@ -129,6 +129,27 @@ def test_eigenpairs_are_kept_relative_to_the_largest():
         assert gap((vectors * values.unsqueeze(-2)) @ vectors.mT / scale, matrix) < 1e-8
         assert gap(vectors[0].mT @ vectors[0], torch.eye(3)) < 1e-12
         assert gap(vectors[1, :, 0], torch.zeros(5)) == 0  # of lower rank than the other
+
+
+def test_eigenpairs_are_kept_relative_to_what_is_given():
+    matrix = torch.diag(at(1.0, 1e-3, 1e-5))
+    assert eigenpairs_above(matrix, 1e-2, at(0.01))[0].tolist() == [1e-3, 1.0]
+    assert eigenpairs_above(matrix, 1e-2, at(100.0))[0].shape == (0,)  # not above: equal
+    batch = torch.stack([matrix, torch.diag(at(1.0, 0.5, 0.25))])
+    values, vectors = eigenpairs_above(batch, 1e-2)
+    assert values.shape == (2, 3)
+    assert values[0].tolist() == [1.0, 1.0, 1.0]  # two of them with the vector 0
+    assert vectors[0].abs().sum(-2).tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("scale", "exact"), [(1.0, True), (1e-4, False)])
+def test_a_sum_whose_rounding_would_reach_the_identity_is_one_of_float64(scale, exact):
+    phi, weights = draw(400, 6, dtype=torch.float32), torch.full((400,), 1e6 * scale)
+    total = GramSum(torch.Size(), 6, torch.device("cpu"))
+    total.add(phi, weights)
+    error = gap(total.total(), (phi.double().mT * weights.double()) @ phi.double())
+    assert (error < 1e-5) == exact
+    assert error < 0.05  # in any case far below 1
 
 
 def test_the_positive_part_leaves_what_is_positive_and_cuts_the_rest():
