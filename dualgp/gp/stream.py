@@ -132,33 +132,13 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     """Take a checked batch into the model; unchanged if this raises."""
     start = time.perf_counter()
     if len(data) == 0:
-        state = read(model)
-        held = 0 if state is None or state.memory is None else len(state.memory)
-        size = 0 if state is None else state.basis.num_inducing
-        return UpdateResult(int(model.num_seen or 0), size, held, float("nan"), 0, 0.0)
+        return _unchanged(read(model))
     state, kernel, likelihood = read(model), model.kernel, model.likelihood
     if state is None:
         if learn_hyperparameters:
             kernel, likelihood = workable_start(kernel, model.mean, likelihood, data, model.num_outputs)
         state = _begin(model, kernel, likelihood, data)
-    if data.x.dtype != state.basis.dtype or data.x.device != state.basis.device:
-        raise InputError(
-            f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
-            f"{data.x.device}; use X.to(...)."
-        )
-    if data.x.shape[:-2] != state.basis.inducing_points.shape[:-2]:
-        raise InputError(
-            f"The stream so far has batch shape {tuple(state.basis.inducing_points.shape[:-2])}, this batch "
-            f"{tuple(data.x.shape[:-2])}; keep to one."
-        )
-    unknown = data.params.keys() - {"noise"}
-    if unknown and settings.capacity > 0:
-        raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
-    if state.memory is not None and state.memory.data.params.keys() != data.params.keys():
-        raise InputError(
-            f"Data in memory came with {sorted(state.memory.data.params) or 'nothing'} per datum, this batch with "
-            f"{sorted(data.params) or 'nothing'}; pass noise= with every batch, or with none."
-        )
+    _check_follows(state, data, settings)
     hyper = None
     if learn_hyperparameters:
         hyper = model._hyper(kernel, likelihood, state.basis.inducing_points, False, True)
@@ -190,6 +170,36 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
         found.passes,
         time.perf_counter() - start,
     )
+
+
+def _unchanged(state: State | None) -> UpdateResult:
+    """What a batch without data reports."""
+    if state is None:
+        return UpdateResult(0, 0, 0, float("nan"), 0, 0.0)
+    held = 0 if state.memory is None else len(state.memory)
+    return UpdateResult(state.num_seen, state.basis.num_inducing, held, float("nan"), 0, 0.0)
+
+
+def _check_follows(state: State, data: Data, settings: Settings) -> None:
+    """Raise InputError unless the batch is like those before it."""
+    if data.x.dtype != state.basis.dtype or data.x.device != state.basis.device:
+        raise InputError(
+            f"The stream so far is {state.basis.dtype} on {state.basis.device}, this batch {data.x.dtype} on "
+            f"{data.x.device}; use X.to(...)."
+        )
+    if data.x.shape[:-2] != state.basis.inducing_points.shape[:-2]:
+        raise InputError(
+            f"The stream so far has batch shape {tuple(state.basis.inducing_points.shape[:-2])}, this batch "
+            f"{tuple(data.x.shape[:-2])}; keep to one."
+        )
+    unknown = data.params.keys() - {"noise"}
+    if unknown and settings.capacity > 0:
+        raise InputError(f"Memory keeps noise= per datum, not {sorted(unknown)}; build the model with memory=0.")
+    if state.memory is not None and state.memory.data.params.keys() != data.params.keys():
+        raise InputError(
+            f"Data in memory came with {sorted(state.memory.data.params) or 'nothing'} per datum, this batch with "
+            f"{sorted(data.params) or 'nothing'}; pass noise= with every batch, or with none."
+        )
 
 
 def _arrived(model: DualGP, data: Data, sites: Sites, first: int) -> Memory:
