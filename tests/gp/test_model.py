@@ -20,12 +20,9 @@ def copied(name: str) -> DualGP:
     return copy.deepcopy(fitted(name)[0].gp)
 
 
-def test_inputs(name: str) -> torch.Tensor:
+def new_inputs(name: str) -> torch.Tensor:
     x = fitted(name)[0].x
     return x[..., ::7, :] + 0.01
-
-
-test_inputs.__test__ = False  # a helper, not a test
 
 
 def same_predictions(a: DualGP, b: DualGP, x: torch.Tensor) -> bool:
@@ -37,7 +34,7 @@ def same_predictions(a: DualGP, b: DualGP, x: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_joint_samples_and_marginals_agree(name):
-    gp, x = fitted(name)[0].gp, test_inputs(name)
+    gp, x = fitted(name)[0].gp, new_inputs(name)
     mean, var = gp.predict(x)
     joint = gp.predict_joint(x)
     assert gap(joint.mean, mean) < 1e-9
@@ -65,7 +62,7 @@ def test_an_empty_batch_predicts_nothing():
         x = fitted(name)[0].x[..., :0, :]
         mean, var = gp.predict(x)
         assert mean.numel() == var.numel() == 0
-        assert mean.ndim == gp.predict(test_inputs(name))[0].ndim
+        assert mean.ndim == gp.predict(new_inputs(name))[0].ndim
         assert gp.log_predictive(x, fitted(name)[0].y.narrow(x.ndim - 2, 0, 0)).numel() == 0
 
 
@@ -93,7 +90,7 @@ def test_a_saved_model_loads_to_the_last_bit(name, tmp_path):
     path = tmp_path / "model.safetensors"
     gp.save(path)
     loaded = DualGP.load(path, *new_like(name))
-    x = test_inputs(name)
+    x = new_inputs(name)
     assert same_predictions(gp, loaded, x)
     assert torch.equal(gp.sites.lam, loaded.sites.lam)
     assert torch.equal(gp.sites.beta, loaded.sites.beta)
@@ -120,9 +117,9 @@ def test_a_state_dict_goes_into_a_new_model(name):
     gp = copied(name)
     other = FAMILIES[name]().gp
     other.load_state_dict(gp.state_dict())
-    assert same_predictions(gp, other, test_inputs(name))
+    assert same_predictions(gp, other, new_inputs(name))
     gp.load_state_dict(gp.state_dict())
-    assert same_predictions(gp, other, test_inputs(name))
+    assert same_predictions(gp, other, new_inputs(name))
 
 
 def test_a_state_dict_of_another_model_replaces_a_posterior_already_computed():
@@ -138,12 +135,12 @@ def test_an_unfitted_state_dict_forgets_the_posterior():
     gp = copied("gaussian")
     gp.load_state_dict(FAMILIES["gaussian"]().gp.state_dict())
     with pytest.raises(errors.NotFittedError):
-        gp.predict(test_inputs("gaussian"))
+        gp.predict(new_inputs("gaussian"))
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_a_deep_copy_shares_nothing(name):
-    problem, x = fitted(name)[0], test_inputs(name)
+    problem, x = fitted(name)[0], new_inputs(name)
     gp = copied(name)
     before = [p.clone() for p in problem.gp.predict(x)]
     assert same_predictions(gp, problem.gp, x)
@@ -154,7 +151,7 @@ def test_a_deep_copy_shares_nothing(name):
 
 
 def test_sites_stay_float64_when_the_model_is_float32():
-    gp, x = copied("gaussian"), test_inputs("gaussian")
+    gp, x = copied("gaussian"), new_inputs("gaussian")
     mean, var = gp.predict(x)
     exact = {k: getattr(gp, k).clone() for k in ("site_lam", "site_B", "lam", "beta")}
     gp.to(torch.float32)
@@ -170,7 +167,7 @@ def test_sites_stay_float64_when_the_model_is_float32():
 
 
 def test_training_the_parameters_by_hand_does_not_change_the_posterior_in_silence():
-    gp, x = copied("gaussian"), test_inputs("gaussian")
+    gp, x = copied("gaussian"), new_inputs("gaussian")
     before = gp.predict(x)
     q = gp.posterior
     with torch.no_grad():
