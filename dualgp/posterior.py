@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
 from linear_operator import to_linear_operator
 from torch import Tensor
-from typing_extensions import TypeVar
 
 from dualgp.basis import Basis, Features, InducingBasis, SiteSum
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
 
-BasisT = TypeVar("BasisT", bound=Basis, covariant=True, default=InducingBasis)
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    BasisT = TypeVar("BasisT", bound=Basis, covariant=True, default=InducingBasis)
+else:  # a check at run time may take a default for a bound
+    from typing import TypeVar
+
+    BasisT = TypeVar("BasisT", bound=Basis, covariant=True)
 NewT = TypeVar("NewT", bound=Basis)
 
 

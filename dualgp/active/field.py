@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
@@ -22,7 +22,8 @@ from dualgp.quadrature import expected_softmax
 class Learner(Protocol):
     """What is asked of a model: a fitted `DualGP` or a `NetworkPosterior`."""
 
-    likelihood: Likelihood
+    if TYPE_CHECKING:  # from Python 3.12 on isinstance does not see what a torch module registers
+        likelihood: Likelihood
 
     @property
     def posterior(self) -> Any:
