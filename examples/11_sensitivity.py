@@ -2,7 +2,7 @@
 Which images did the network learn from?
 ========================================
 
-How far would the network's answer to an image move, had the image not been in the training data? For all of them that is
+How far would the network's answer to an image move, had it not been in the training data? For all of them that is
 a few products of small matrices. Claims, each asserted, on digits: networks trained again without an image move in the
 order foretold; and the images that matter most are those of which the network is least sure.
 """
@@ -22,7 +22,7 @@ from dualgp.plotting import BLACK, BLUE, plot_sensitivity_images
 
 torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
 torch.manual_seed(0)
-N, AGAIN = (200, 6) if "SMOKE" in os.environ else (300, 30)
+N, AGAIN = (150, 6) if "SMOKE" in os.environ else (300, 25)
 TAU = 1.0  # prior precision
 X, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
 rows = torch.randperm(len(X))[:N]
@@ -33,7 +33,7 @@ X, y = X[rows].double() / 16, y[rows]
 # Train to a maximum of the posterior: a summed loss, and the prior beside it.
 def train(net, keep):
     net = copy.deepcopy(net)
-    optimizer = torch.optim.LBFGS(net.parameters(), 1, 500, None, 1e-6, 1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(net.parameters(), 1, 5000, None, 1e-6, 1e-14, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()

@@ -209,7 +209,7 @@ def _probability_of_one(model: DualGP | NetworkPosterior | Callable[[Tensor], Te
         return p.probs[..., 1]
     if not isinstance(p, Bernoulli):
         raise InputError(
-            "plot_decision_2d needs a binary model, with predictions that are Bernoulli or Categorical over two classes; "
-            f"got {type(p).__name__}."
+            "plot_decision_2d needs a binary model, with predictions that are Bernoulli, or Categorical over two "
+            f"classes; got {type(p).__name__}."
         )
     return p.probs.reshape(-1)
