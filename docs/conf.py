@@ -165,7 +165,21 @@ def report_missing(app, env, node, contnode):
         logger.warning("no such name in the API: %s", node.get("reftarget"), location=node)
 
 
+def lead_back(app, pagename, templatename, context, doctree):
+    """Let "[docs]" beside a source lead to where its object stands in the API, under the name that it is public by."""
+    if not pagename.startswith("_modules/"):
+        return
+    objects = app.env.get_domain("py").objects
+
+    def anchor(match):
+        entry = objects.get(match[2])
+        return match[1] + (entry.node_id if entry else match[2])
+
+    context["body"] = re.sub(r'(viewcode-back" href="[^"#]*#)([\w.]+)', anchor, context["body"])
+
+
 def setup(app):
+    app.connect("html-page-context", lead_back)
     app.connect("missing-reference", report_missing)
     app.connect("source-read", fill_in_api)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon

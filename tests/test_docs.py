@@ -94,6 +94,12 @@ y = (y[:80] > 0).double()
 v, beta, A = torch.ones(80, 1).double(), torch.ones(80).double(), torch.eye(40).double()
 X_test = X_test.double()
 """,
+    "docs/leaving_out.md": BASICS
+    + """
+gp = dualgp.DualGP(kernel, likelihood, num_inducing=10)
+gp.fit(X, y)
+q, sites = gp.posterior, gp.sites
+""",
     "docs/networks.md": NETWORK
     + """
 x, X_val, y_val, X_old, y_old = X_test, X_test, y_test, X[:5], y[:5]
@@ -104,6 +110,13 @@ N, M, T = 120, 120, 9
 loss_fn = lambda f, y: nn.functional.mse_loss(f.squeeze(-1), y)
 run = dualgp.optim.IVON(net.named_parameters(), num_data=N, total_steps=T)
 other = run.posterior()
+""",
+    "docs/plotting.md": BASICS
+    + """
+X = X[:, :1].contiguous()
+line = torch.linspace(-2, 2, 50).unsqueeze(-1)
+gp = dualgp.DualGP(kernel, likelihood, num_inducing=10)
+gp.fit(X, y)
 """,
     "docs/selection.md": BASICS
     + """
