@@ -232,6 +232,13 @@ def test_no_block_escapes():
     assert set(GIVEN) <= {name_of(page) for page in PAGES}
 
 
+def test_code_on_pages_is_read_without_scrolling():
+    lines = [
+        (name_of(p), line) for p in PAGES if "docs" in p.parts for b in blocks_of(p) for line in b.code.splitlines()
+    ]
+    assert not [(page, line) for page, line in lines if len(line) > 92]
+
+
 LINK = re.compile(r"(?<!!)\[[^\]\n]+\]\((?!\w+:)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 NAMED = re.compile(r"`(?!docs/_build|examples/NN)(?P<path>(?:benchmarks|docs|dualgp|examples|tests)/[\w/]+\.\w+)`")
 
