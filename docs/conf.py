@@ -36,6 +36,8 @@ html_theme = "furo"
 html_title = f"dualgp {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -181,7 +183,8 @@ def lead_back(app, pagename, templatename, context, doctree):
 
     def anchor(match):  # the name may be that of the package which the source is in
         name = match[2].rpartition(".")[2]
-        entry = objects.get(match[2]) or objects.get(f"{module}.{name}")
+        places = (match[2], f"{module}.{name}", f"{module.rpartition('.')[0]}.{name}")
+        entry = next((objects[place] for place in places if place in objects), None)
         return match[1] + (entry.node_id if entry else match[2])
 
     context["body"] = re.sub(r'(viewcode-back" href="[^"#]*#)([\w.]+)', anchor, context["body"])
