@@ -36,10 +36,13 @@ html_theme = "furo"
 html_title = f"dualgp {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+highlight_language = "text"  # what is Python says so
 default_role = "code"  # single backticks in docstrings are code
 
 autodoc_member_order = "bysource"
@@ -61,6 +64,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "remove_config_comments": True,
     "plot_gallery": "True",
+    "capture_repr": (),  # what a cell prints, and its figures
 }
 
 # What a class has from a base of this package is its own; what it has from torch and Python is not.
@@ -142,6 +146,10 @@ def escape(line):
     return "".join(parts)
 
 
+# A function's name before what is no bracket: browsers leave no space there.
+WORD = re.compile(r"(<mi>(?:log|exp|max|min)</mi>)(?=<m(?:i|row|sub|sup|subsup|frac)>|<mo>&#x0222B;)")
+
+
 def draw_math(as_block):
     """A visitor that writes a formula as MathML, which browsers draw by themselves."""
 
@@ -149,6 +157,7 @@ def draw_math(as_block):
         # The converter numbers align and does not know aligned.
         tex = re.sub(r"\\(begin|end)\{(align|gather)(ed)?\}", r"\\\1{\2*}", node.astext())
         formula = tex_to_mathml(tex, display="block" if as_block else "inline")
+        formula = WORD.sub(r'\1<mspace width="0.17em"/>', formula)
         if unknown := re.findall(r">\s*(\\\w+)", formula):
             logger.warning("math: unknown %s in %r", ", ".join(unknown), tex, location=node)
         if as_block:
@@ -165,7 +174,24 @@ def report_missing(app, env, node, contnode):
         logger.warning("no such name in the API: %s", node.get("reftarget"), location=node)
 
 
+def lead_back(app, pagename, templatename, context, doctree):
+    """Let "[docs]" beside a source lead to where its object stands in the API, under the name that it is public by."""
+    if not pagename.startswith("_modules/"):
+        return
+    objects = app.env.get_domain("py").objects
+    module = pagename.removeprefix("_modules/").replace("/", ".")
+
+    def anchor(match):  # the name may be that of the package which the source is in
+        name = match[2].rpartition(".")[2]
+        places = (match[2], f"{module}.{name}", f"{module.rpartition('.')[0]}.{name}")
+        entry = next((objects[place] for place in places if place in objects), None)
+        return match[1] + (entry.node_id if entry else match[2])
+
+    context["body"] = re.sub(r'(viewcode-back" href="[^"#]*#)([\w.]+)', anchor, context["body"])
+
+
 def setup(app):
+    app.connect("html-page-context", lead_back)
     app.connect("missing-reference", report_missing)
     app.connect("source-read", fill_in_api)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon

@@ -1,6 +1,6 @@
 """Gaussian processes and neural networks in dual form.
 
-A posterior is a prior plus *sites*, in the coordinates of a basis: f(x) = μ(x) + φ(x)ᵀw + r(x) with w ~ N(0, I), and a
+A posterior is a prior plus sites, in the coordinates of a basis: f(x) = μ(x) + φ(x)ᵀw + r(x) with w ~ N(0, I), and a
 site is a Gaussian factor t(w) = exp(λᵀw − ½ wᵀBw), so that always P = I + B, w̄ = P⁻¹λ,
 
     mean(x) = μ(x) + φ(x)ᵀw̄,        var(x) = r(x) + φ(x)ᵀP⁻¹φ(x).

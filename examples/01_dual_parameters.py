@@ -74,7 +74,7 @@ for column, (name, gp) in zip(axes.T, models.items(), strict=True):
     column[2].set_xlabel("time after impact (ms)")
 for ax, label in zip(axes[:, 0], ("acceleration (100 g)", "precision β (100 g)⁻²", "weight α (100 g)⁻¹"), strict=True):
     ax.set_ylabel(label)
-axes[0, 1].legend(loc="lower right", fontsize="small")
+axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1, 0.06), fontsize="small")
 axes[1, 0].legend(*axes[1, 1].get_legend_handles_labels(), loc="upper right", fontsize="small")
 os.makedirs(folder := os.environ.get("FIGURES", "figures"), exist_ok=True)
 fig.savefig(f"{folder}/01_dual_parameters.png", dpi=150)

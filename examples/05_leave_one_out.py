@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dualgp import mislabelled, network_gp
-from dualgp.plotting import BLUE, plot_images, plot_sweep
+from dualgp.plotting import BLACK, plot_images, plot_sweep
 
 torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
 torch.manual_seed(0)
@@ -64,11 +64,11 @@ assert found > 0.6, found
 print(f"of the {len(wrong)} most surprising labels {found:.0%} are wrong, of all 5 %")
 
 # %%
-# The twelve most surprising labels, above each image; the wrong ones in vermilion.
+# Left, rings mark the best of each curve. Right, the twelve most surprising labels; the wrong ones in vermilion.
 left, right = (fig := plt.figure(figsize=(13, 4.8), layout="constrained")).subfigures(1, 2, width_ratios=(1, 1.3))
 curves = {"leave-one-out, labels as given": left_out, "held out, labels right": held_out}
 plot_sweep(ax := left.subplots(), grid, curves)
-ax.semilogx(grid, training, ":", color=BLUE, label="training, labels as given")
+ax.semilogx(grid, training, ":", color=BLACK, label="training, labels as given")
 ax.set(xlabel="prior precision τ", ylabel="NLL (nats per datum)", title="no datum held back", ylim=(0, None))
 ax.legend()
 top = ranking.indices[:12]

@@ -12,6 +12,7 @@ import copy
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from sklearn.datasets import load_digits
@@ -55,7 +56,7 @@ layout = WeightLayout.of(nn.Linear(65, 10, bias=False))
 prior = WeightPosterior(layout, prior_precision=torch.tensor(1.0).double())
 network, base = model(slice(0, 200), prior)
 merged = tr.merge(experts := [model(rows, base.as_prior(), network)[1] for rows in tasks])
-joint = trained(tr.replay(X[:1200], y[:1200], likelihood) + tr.quadratic(prior))
+joint = trained(tr.replay(X[rest], y[rest], likelihood) + tr.quadratic(base.as_prior()))  # what a merge stands for
 
 # %%
 # How far each is from the joint optimum, by training gradients alone, and how good it is on test data.
@@ -71,11 +72,31 @@ for measure in (nll, mismatch):
 # %%
 # Take one model out again: what is left is the merge of the others.
 torch.testing.assert_close(tr.forget(merged, experts[2]).mean, tr.merge(experts[:2]).mean)
-fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-ax.scatter(mismatch.values(), nll.values(), color=[VERMILION if name == "merge" else BLUE for name in means])
+
+# %%
+# Left: each fine-tuned model knows its own classes, the merge knows all. Right: the mismatch tells beforehand.
+fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+models = {f"fine-tuned {a}": q.mean for a, q in zip(("0–3", "4–6", "7–9"), experts, strict=True)}
+models = {"base": base.mean} | models | {name: means[name] for name in ("average", "merge", "joint")}
+predicted = torch.stack([(X[1200:] @ m.view(10, 65).T).argmax(-1) for m in models.values()])
+right_ones = (predicted == y[1200:]).double()
+accuracy = torch.stack([right_ones[:, y[1200:] == c].mean(-1) for c in range(10)], -1)  # [models, classes]
+image = left.imshow(100 * accuracy, cmap="Blues", vmin=50, vmax=100, aspect="auto")
+left.set(
+    xticks=range(10),
+    yticks=range(len(models)),
+    yticklabels=list(models),
+    xlabel="digit",
+    title="test images of a digit that are told right (%)",
+)
+for (i, c), share in np.ndenumerate(100 * accuracy):
+    left.text(c, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color="white" if share > 80 else "black")
+right.scatter(mismatch.values(), nll.values(), color=[VERMILION if name == "merge" else BLUE for name in means])
 for name in means:
-    ax.annotate(name, (mismatch[name], nll[name]), xytext=(5, 5), textcoords="offset points")
-ax.margins(0.12)  # for the names
-ax.set(xlabel="gradient mismatch, on training data", ylabel="test NLL [nats]", title="merged without data")
+    right.annotate(
+        name, (mismatch[name], nll[name]), xytext=(6, -13 if name == "joint" else 5), textcoords="offset points"
+    )
+right.margins(0.15)  # for the names
+right.set(xlabel="gradient mismatch, on training data", ylabel="test NLL (nats)", title="merged without data")
 os.makedirs(folder := os.environ.get("FIGURES", "figures"), exist_ok=True)
 fig.savefig(f"{folder}/08_merging.png", dpi=150)

@@ -94,6 +94,12 @@ y = (y[:80] > 0).double()
 v, beta, A = torch.ones(80, 1).double(), torch.ones(80).double(), torch.eye(40).double()
 X_test = X_test.double()
 """,
+    "docs/leaving_out.md": BASICS
+    + """
+gp = dualgp.DualGP(kernel, likelihood, num_inducing=10)
+gp.fit(X, y)
+q, sites = gp.posterior, gp.sites
+""",
     "docs/networks.md": NETWORK
     + """
 x, X_val, y_val, X_old, y_old = X_test, X_test, y_test, X[:5], y[:5]
@@ -104,6 +110,13 @@ N, M, T = 120, 120, 9
 loss_fn = lambda f, y: nn.functional.mse_loss(f.squeeze(-1), y)
 run = dualgp.optim.IVON(net.named_parameters(), num_data=N, total_steps=T)
 other = run.posterior()
+""",
+    "docs/plotting.md": BASICS
+    + """
+X = X[:, :1].contiguous()
+line = torch.linspace(-2, 2, 50).unsqueeze(-1)
+gp = dualgp.DualGP(kernel, likelihood, num_inducing=10)
+gp.fit(X, y)
 """,
     "docs/selection.md": BASICS
     + """
@@ -219,6 +232,13 @@ def test_no_block_escapes():
         text = page.read_text(encoding="utf-8")
         assert len(LOOKS_LIKE_ONE.findall(text)) == len(blocks_of(page)), f"{name_of(page)}: a block is not ```python"
     assert set(GIVEN) <= {name_of(page) for page in PAGES}
+
+
+def test_code_on_pages_is_read_without_scrolling():
+    lines = [
+        (name_of(p), line) for p in PAGES if "docs" in p.parts for b in blocks_of(p) for line in b.code.splitlines()
+    ]
+    assert not [(page, line) for page, line in lines if len(line) > 92]
 
 
 LINK = re.compile(r"(?<!!)\[[^\]\n]+\]\((?!\w+:)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")

@@ -91,10 +91,30 @@ def images(ax):
     p.plot_images(ax, tiles, labels="abcde", marked=torch.tensor([1, 0, 0, 1, 0]).bool(), columns=3)
 
 
+def leverage_1d(ax):
+    gp, x, y = stream(False)
+    p.plot_leverage(ax, gp, gp.memory.data.x, gp.memory.sites)
+
+
+def leverage_2d(ax):
+    gp, *_ = stream(True)
+    p.plot_leverage(ax, gp, gp.memory.data.x, gp.memory.sites)
+
+
+def decision_of_a_function(ax):
+    p.plot_decision_2d(ax, lambda x: (3 * x[:, 0] - x[:, 1].square()).sigmoid(), (-1, 1, -1, 1), resolution=30)
+
+
+def sensitivity_images(ax):
+    tiles = ((torch.arange(9 * 16).reshape(9, 4, 4) * 7) % 5).float()
+    p.plot_sensitivity_images(ax, tiles, (torch.arange(9) * 0.618) % 1, columns=3)
+
+
 DRAWINGS: dict[str, Callable] = {
     f.__name__: f
     for f in (
-        posterior_1d, stream_1d, decision_2d, stream_2d, score_2d, data_scores_2d, sites, reliability, sweep, images
+        posterior_1d, stream_1d, decision_2d, decision_of_a_function, stream_2d, score_2d, data_scores_2d, leverage_1d,
+        leverage_2d, sites, reliability, sweep, images, sensitivity_images
     )
 }  # fmt: skip
 

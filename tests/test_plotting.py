@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgba
 from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 from toys import F64, gap, gaussian, line, matern, rbf, unchecked, waves
 
-from dualgp import DualGP, Posterior, Sites
+from dualgp import DualGP, Posterior, Sites, leverage, network_gp
 from dualgp.active import score
 from dualgp.errors import InputError, NotFittedError
 from dualgp.plotting import (
@@ -19,9 +19,11 @@ from dualgp.plotting import (
     plot_data_scores_2d,
     plot_decision_2d,
     plot_images,
+    plot_leverage,
     plot_posterior_1d,
     plot_reliability,
     plot_score_2d,
+    plot_sensitivity_images,
     plot_sites,
     plot_stream_1d,
     plot_stream_2d,
@@ -334,6 +336,45 @@ def test_images_lie_in_rows_and_do_not_overlap(ax):
     assert [t.get_color() == VERMILION for t in (a, b, c, d, e)] == [False, False, False, True, False]
 
 
+def test_images_of_greatest_score_stand_above_those_of_least(ax):
+    pictures, scores = torch.rand(7, 2, 2), torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0, 6.0])
+    artists = plot_sensitivity_images(ax, pictures, scores, labels="abcdefg", columns=2)
+    drawn, texts = artists[:4], artists[4:]
+    assert [t.get_text() for t in texts] == ["g", "c", "b", "d"]
+    assert [t.get_color() == VERMILION for t in texts] == [True, True, False, False]
+    assert drawn[0].get_extent()[2] > drawn[2].get_extent()[3]
+    assert gap(drawn[2].get_array(), pictures[1]) < 1e-7
+    texts = plot_sensitivity_images(ax, pictures[:3], scores[:3], columns=2)[3:]
+    assert [t.get_text() for t in texts] == ["5", "3", "0"]  # there are no more: each once
+
+
+def test_leverage_is_drawn_where_the_data_are(ax):
+    gp, x, _ = regression(memory=5)
+    memory = gp.memory
+    stems, dots = plot_leverage(ax, gp, memory.data.x, memory.sites, label="leverage")
+    at = torch.cat([memory.data.x.double(), leverage(gp, memory.data.x, memory.sites)[:, None]], -1)
+    assert gap(dots.get_offsets(), at) < 1e-7
+    assert [segment[0][1] for segment in stems.get_segments()] == [0.0] * 5
+    two, *_ = classification(memory=4)
+    (dots,) = plot_leverage(ax, two, two.memory.data.x, two.memory.sites)
+    assert gap(dots.get_offsets(), two.memory.data.x) < 1e-7
+    with unchecked(), pytest.raises(InputError, match="one input or two"):
+        plot_leverage(ax, gp, torch.zeros(5, 3), memory.sites)
+
+
+def test_the_field_of_a_function_or_a_network_is_its_probability(ax):
+    image, *_ = plot_decision_2d(ax, lambda x: x[:, 0].sigmoid(), (-1, 1, 0, 2), resolution=3)
+    assert gap(image.get_array()[2], torch.tensor([-1.0, 0.0, 1.0]).sigmoid()) < 1e-7
+    x, y = torch.randn(12, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+    net = torch.nn.Linear(2, 2)
+    q = network_gp(net, (x, y), gpytorch.likelihoods.SoftmaxLikelihood(num_classes=2, mixing_weights=False))
+    image, *_ = plot_decision_2d(ax, q, (-1, 1, 0, 2), resolution=3)
+    corner = q.predict_likelihood(torch.tensor([[1.0, 0.0]])).probs[0, 1]
+    assert gap(image.get_array()[0, -1], corner) < 1e-6
+    with pytest.raises(InputError, match=r"shape \(9,\)"):
+        plot_decision_2d(ax, lambda x: x, (-1, 1, 0, 2), resolution=3)
+
+
 def test_what_has_no_calibration_sweep_or_image_raises(ax):
     y = torch.zeros(3)
     for call, message in (
@@ -349,6 +390,10 @@ def test_what_has_no_calibration_sweep_or_image_raises(ax):
         (lambda: plot_images(ax, torch.rand(2, 2, 2, 4)), "height, width"),
         (lambda: plot_images(ax, torch.rand(2, 2, 2), labels="a"), "each of 2"),
         (lambda: plot_images(ax, torch.rand(2, 2, 2), columns=0), "columns"),
+        (lambda: plot_sensitivity_images(ax, torch.rand(3, 2, 2), y[:2]), "3 finite numbers"),
+        (lambda: plot_sensitivity_images(ax, torch.rand(3, 2, 2), y / 0), "3 finite numbers"),
+        (lambda: plot_sensitivity_images(ax, torch.rand(3, 2, 2), y, labels="ab"), "each of 3"),
+        (lambda: plot_sensitivity_images(ax, torch.rand(3, 2, 2), y, rows=3), "even"),
     ):
         with pytest.raises(InputError, match=message):
             call()

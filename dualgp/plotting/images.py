@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -68,3 +69,47 @@ def plot_images(
     ax.set_aspect("equal")
     ax.set_axis_off()
     return artists + texts
+
+
+def plot_sensitivity_images(
+    ax: Axes, images: Tensor, scores: Tensor, *, labels: Sequence[str] | None = None, columns: int = 8, rows: int = 2
+) -> list[Artist]:
+    """Draw the images of greatest score, and under them those of least; return the images, then their labels.
+
+    The first half of the rows has the greatest, in decreasing order and with labels in vermilion; the second half the
+    least, in increasing order. All are drawn if there are no more than fit.
+
+    Args:
+        ax: where to draw; its frame is taken away.
+        images: [n, height, width], or [n, height, width, 3] of colours in [0, 1].
+        scores: one for each, [n]: `sensitivity(...).score` or a leverage.
+        labels: n lines of text; the scores to two digits if None.
+        columns: images in a row.
+        rows: even.
+
+    Raises:
+        InputError: if there is no image, shapes do not fit, a score is not finite, or the rows are not even.
+
+    Example:
+        >>> import matplotlib.pyplot as plt, torch
+        >>> fig, ax = plt.subplots()
+        >>> artists = plot_sensitivity_images(ax, torch.rand(9, 8, 8), torch.arange(9.0), columns=3)
+        >>> [text.get_text() for text in artists[6:]]
+        ['8', '7', '6', '0', '1', '2']
+        >>> plt.close(fig)
+    """
+    if scores.shape != (len(images),) or not scores.isfinite().all():
+        raise InputError(f"scores must be {len(images)} finite numbers, one for each image; got {tuple(scores.shape)}.")
+    if labels is not None and len(labels) != len(images):
+        raise InputError(f"labels must be one for each of {len(images)} images, got {len(labels)}.")
+    check_count("columns", columns, 1)
+    check_count("rows", rows, 2)
+    if rows % 2:
+        raise InputError(f"rows must be even, half for the greatest and half for the least; got {rows}.")
+    order = scores.argsort(descending=True, stable=True).tolist()
+    half = columns * rows // 2
+    greatest = order if len(order) <= 2 * half else order[:half]
+    shown = greatest + ([] if greatest is order else order[: -half - 1 : -1])
+    texts = [f"{float(scores[i]):.2g}" if labels is None else labels[i] for i in shown]
+    marked = torch.arange(len(shown)) < (len(shown) + 1) // 2
+    return plot_images(ax, images[shown], labels=texts, marked=marked, columns=columns)

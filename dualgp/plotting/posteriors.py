@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Categorical
 
 from dualgp.basis import InducingBasis
 from dualgp.errors import InputError
@@ -144,7 +144,7 @@ def plot_sites(
 
 def plot_decision_2d(
     ax: Axes,
-    gp: DualGP,
+    model: DualGP | NetworkPosterior | Callable[[Tensor], Tensor],
     bounds: Sequence[float | int],
     *,
     data: tuple[Tensor, Tensor] | None = None,
@@ -156,7 +156,8 @@ def plot_decision_2d(
 
     Args:
         ax: where to draw; its limits become `bounds`.
-        gp: fitted with a Bernoulli likelihood.
+        model: a `DualGP` fitted with a Bernoulli likelihood; a network's posterior with one, or with a softmax of two
+            classes; or a function from inputs [T, 2], of torch's default dtype, to p(y = 1) [T].
         bounds: (x₁ from, x₁ to, x₂ from, x₂ to).
         data: (X [n, 2], y [n]) to draw: y = 1 as circles, y = 0 as triangles.
         classes: names of the two classes, in a legend.
@@ -164,9 +165,9 @@ def plot_decision_2d(
         resolution: points along each side of the grid.
 
     Raises:
-        InputError: if the model does not have two inputs, its predictions are not Bernoulli, or the data have another
+        InputError: if a `DualGP` does not have two inputs, predictions are not of two classes, or the data have another
             shape.
-        NotFittedError: if the model has not been fitted.
+        NotFittedError: if a `DualGP` has not been fitted.
 
     Example:
         >>> import gpytorch, matplotlib.pyplot as plt
@@ -178,17 +179,37 @@ def plot_decision_2d(
         3
         >>> plt.close(fig)
     """
-    Z = gp.posterior.basis.inducing_points
-    if Z.shape[-1] != 2:
-        raise InputError(f"plot_decision_2d draws two inputs, the model has {Z.shape[-1]}.")
-    a, b, grid = plane(bounds, resolution, Z.dtype, Z.device)
-    p = gp.predict_likelihood(grid)
-    if not isinstance(p, Bernoulli):
-        raise InputError(f"plot_decision_2d needs a binary model, with Bernoulli predictions; got {type(p).__name__}.")
-    image, field = draw_field(ax, p.probs, bounds, FIELD, vmin=0, vmax=1)
+    Z, dtype, device = None, torch.get_default_dtype(), torch.device("cpu")
+    if isinstance(model, DualGP):
+        Z = model.posterior.basis.inducing_points
+        dtype, device = Z.dtype, Z.device
+        if Z.shape[-1] != 2:
+            raise InputError(f"plot_decision_2d draws two inputs, the model has {Z.shape[-1]}.")
+    elif isinstance(model, NetworkPosterior):
+        dtype, device = model.basis.dtype, model.basis.device
+    a, b, grid = plane(bounds, resolution, dtype, device)
+    image, field = draw_field(ax, _probability_of_one(model, grid), bounds, FIELD, vmin=0, vmax=1)
     artists: list[Artist] = [image, ax.contour(to_array(a), to_array(b), field, levels=[0.5], colors=BLACK)]
     if data is not None:
         artists += by_class(ax, *checked_data(data, 2), classes, s=22.0, edgecolors="white", linewidths=0.4)
-    if inducing:
+    if inducing and Z is not None:
         artists += ax.plot(*to_array(Z).T, "+", color=BLACK, markersize=7, label="inducing inputs Z")
     return artists
+
+
+def _probability_of_one(model: DualGP | NetworkPosterior | Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
+    if not isinstance(model, DualGP | NetworkPosterior):
+        with torch.no_grad():
+            probs = model(grid)
+        if probs.shape != grid.shape[:1]:
+            raise InputError(f"The function must return p(y = 1) of shape {tuple(grid.shape[:1])}, got {probs.shape}.")
+        return probs
+    p = model.predict_likelihood(grid)
+    if isinstance(p, Categorical) and p.probs.shape[-1] == 2:
+        return p.probs[..., 1]
+    if not isinstance(p, Bernoulli):
+        raise InputError(
+            "plot_decision_2d needs a binary model, with predictions that are Bernoulli, or Categorical over two "
+            f"classes; got {type(p).__name__}."
+        )
+    return p.probs.reshape(-1)

@@ -13,8 +13,11 @@ from dualgp.active import score
 from dualgp.active.scores import Rule
 from dualgp.errors import InputError
 from dualgp.gp.model import DualGP
+from dualgp.influence import leverage
 from dualgp.nets.posterior import NetworkPosterior
 from dualgp.plotting.style import BLACK, BLUE, VERMILION, WORTH, areas, draw_field, plane, to_array
+from dualgp.posterior import Posterior
+from dualgp.sites import Sites
 
 
 def plot_score_2d(
@@ -102,3 +105,42 @@ def plot_data_scores_2d(
         x1, x2 = at[to_array(chosen)].T
         artists.append(ax.scatter(x1, x2, s=90, facecolors="none", edgecolors=BLACK, linewidths=1.2, label=label))
     return artists
+
+
+def plot_leverage(
+    ax: Axes, q: DualGP | Posterior | NetworkPosterior, x: Tensor, sites: Sites, *, label: str | None = None
+) -> list[Artist]:
+    """Draw the leverage tr(B_i V_i) of every datum where its input lies; return the artists.
+
+    Over one input: a stem from zero and a dot for each datum. In the plane: dots that grow with leverage, as
+    `plot_data_scores_2d` draws them. Between 0 and 1 for each output: how much of its own prediction a datum decides.
+
+    Args:
+        ax: where to draw.
+        q: a posterior that holds the sites.
+        x: inputs [n, 1] or [n, 2] of the data.
+        sites: their sites.
+        label: of the dots, in a legend; over one input only.
+
+    Raises:
+        InputError: if there are more inputs than two; and as `dualgp.leverage`.
+
+    Example:
+        >>> import gpytorch, torch, matplotlib.pyplot as plt
+        >>> x = torch.linspace(0, 6, 20).unsqueeze(-1)
+        >>> gp = DualGP(gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood(), num_inducing=6)
+        >>> result = gp.fit(x, x.sin().squeeze(-1))
+        >>> fig, ax = plt.subplots()
+        >>> stems, dots = plot_leverage(ax, gp, x, gp.sites)
+        >>> len(dots.get_offsets())
+        20
+        >>> plt.close(fig)
+    """
+    if x.ndim != 2 or x.shape[-1] not in (1, 2):
+        raise InputError(f"Leverage is drawn over one input or two: expected x [n, 1] or [n, 2], got {tuple(x.shape)}.")
+    values = leverage(q, x, sites)
+    if x.shape[-1] == 2:
+        return plot_data_scores_2d(ax, x, values)
+    at, height = to_array(x[:, 0]), to_array(values)
+    stems = ax.vlines(at, 0.0, height, color=BLUE, linewidth=0.8)
+    return [stems, ax.scatter(at, height, s=areas(height), color=BLUE, label=label)]
