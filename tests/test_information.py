@@ -17,6 +17,7 @@ from toys import F64, at, gap, gaussian
 from dualgp import errors
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
+from dualgp.quadrature import softmax_entropies
 
 # From certain to hardly known; probit sees a bump of width 1 under q of width 30.
 M, V = at(0.3, -2.0, 1.0, 4.0, 0.0), at(0.2, 3.0, 50.0, 900.0, 0.0)
@@ -59,6 +60,18 @@ def test_a_value():
     assert gap(expected_beta(fixed, M[:2], v, noise=noise), 1 / noise) < 1e-12
     normal = torch.distributions.Normal(M[:2], (v + 0.2).sqrt())
     assert gap(predictive_entropy(gaussian(0.2), M[:2], v), normal.entropy()) < 1e-12
+
+
+def test_a_class_whose_latents_are_wide():
+    """Beyond variance 1000 the class is the argmax, whose entropy is that of a sign for two; datum by datum."""
+    mean, var = at(0.0, 500.0, 0.0, -1.0).reshape(2, 2), at(1e6, 1e6, 0.3, 0.5).reshape(2, 2)
+    found = softmax_entropies(mean, var)
+    p = torch.special.ndtr(at(-500.0) / 2e6**0.5)
+    assert gap(found.of_mean[0], torch.special.entr(p) + torch.special.entr(1 - p)) < 1e-4
+    assert found.mean_of[0] < 0.05
+    alone = softmax_entropies(mean[1:], var[1:])
+    assert gap(found.of_mean[1:], alone.of_mean) < 1e-7
+    assert gap(found.mean_of[1:], alone.mean_of) < 1e-7
 
 
 def test_a_class():

@@ -152,7 +152,7 @@ def test_verbs_leave_the_posterior_as_it_was(name):
 def test_scaling_and_tempering_are_those_of_every_site():
     sites = random_sites(40)
     scaled = one(2.5, 0.25 * sites)
-    for other in (one(2.5, sites).scale(0.25), one(2.5, sites).temper(4.0), one(2.5, sites).scale(0.5).scale(0.5)):
+    for other in (one(2.5, sites).scale(0.25), one(2.5, sites).temper(4.0), one(2.5, sites).temper(0.5).scale(0.125)):
         for a, b in zip(other.predict(TEST), scaled.predict(TEST), strict=True):
             assert gap(a, b) < 1e-12
     assert gap(one(2.5).scale(0.0).predict(TEST)[0], Posterior(one(2.5).basis).predict(TEST)[0]) == 0
@@ -192,6 +192,12 @@ def test_samples_have_the_mean_and_covariance_of_the_joint(name):
     sd = cov.diagonal().sqrt()
     assert ((draws.mean(0) - joint.mean.flatten()).abs() < 5 * sd / count**0.5).all()
     assert (draws.T.cov() - cov).abs().max() < 6 * sd.max() ** 2 / count**0.5
+
+
+def test_samples_and_predictions_have_the_dtype_of_the_basis():
+    basis = InducingBasis(rbf().float(), Z.float(), jitter=1e-5)
+    q = Posterior(basis).add(X.float(), random_sites(40))
+    assert {q.sample(TEST.float(), 2).dtype, *(t.dtype for t in q.predict(TEST.float()))} == {torch.float32}
 
 
 def test_samples_come_from_the_generator_and_survive_singular_covariances():

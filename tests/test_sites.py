@@ -158,6 +158,11 @@ def test_coupled_sites_pull_back_to_the_product_of_their_factors(root):
     assert gap(difference, difference[:1]) < 1e-10
 
 
+def test_an_offset_that_is_a_number_is_one_of_float64():
+    sites, phi = coupled(6), torch.randn(6, 3, 4, dtype=F64)
+    assert torch.equal(sites.pull_back(phi, 0.1).lam, sites.pull_back(phi, torch.full((6, 3), 0.1, dtype=F64)).lam)
+
+
 def test_coupled_sites_that_are_not_positive_pull_back_too():
     a, b, phi = coupled(6), coupled(6, 1), torch.randn(6, 3, 4, dtype=F64)
     assert gap((a - b).pull_back(phi).B, a.pull_back(phi).B - b.pull_back(phi).B) < 1e-12
