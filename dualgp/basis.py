@@ -298,7 +298,10 @@ class InducingBasis(Basis):
         Source: Bui et al. 2017 (streaming); Chang et al. 2023, eq. 13.
         """
         if self.batch_shape != new.batch_shape or self.num_outputs != new.num_outputs:
-            raise BasisMismatchError(f"Batch shapes differ: {tuple(self.batch_shape)} and {tuple(new.batch_shape)}.")
+            raise BasisMismatchError(
+                f"Batch shapes or outputs differ: {tuple(self.batch_shape)} with num_outputs={self.num_outputs}, and "
+                f"{tuple(new.batch_shape)} with num_outputs={new.num_outputs}."
+            )
         Z, Z_new = self.inducing_points, new.inducing_points
         if Z.shape == Z_new.shape and bool((Z_new == Z).all()):
             A = self.L_inv @ new.L

@@ -136,6 +136,10 @@ def test_moves_that_mean_nothing_are_refused():
         old.change_to(InducingBasis(matern(0.8), x[:6], gpytorch.means.ConstantMean().double()))
     with pytest.raises(errors.BasisMismatchError, match="Batch shapes"):
         old.change_to(InducingBasis(matern(0.8), x[:5], num_outputs=2))
+    batch, outputs = InducingBasis(matern(), x[:6].expand(2, 6, -1)), InducingBasis(matern(), x[:6], num_outputs=2)
+    for a, b in ((batch, outputs), (outputs, batch), (old, batch)):  # two processes are no process of two outputs
+        with pytest.raises(errors.BasisMismatchError, match="Batch shapes"):
+            a.change_to(b)
 
 
 @pytest.mark.parametrize("other", [matern(0.8, nu=1.5), rbf(0.8, 2.0)], ids=["other nu", "other base kernel"])

@@ -193,6 +193,7 @@ def test_a_root_stays_where_it_is_one():
         assert sites.root is None
     assert gap(Sites.cat([a[slice(0, 2)], a[slice(2, 6)]]).beta, a.beta) == 0
     assert gap((a + a - a).beta, a.beta) < 1e-14
+    assert torch.equal(Sites.cat([a]).root, a.root)
 
 
 def test_coupled_sites_that_do_not_belong_together_are_refused():
