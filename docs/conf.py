@@ -4,8 +4,10 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import types
 from collections import defaultdict
+from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert as tex_to_mathml
@@ -13,6 +15,7 @@ from sphinx.util import logging
 
 os.environ.setdefault("KEOPS_VERBOSE", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent))  # figures.py
 
 import dualgp
 
@@ -29,6 +32,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
+    "figures",
 ]
 exclude_patterns = ["_build"]
 
@@ -65,6 +69,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "plot_gallery": "True",
     "capture_repr": (),  # what a cell prints, and its figures
+    "image_scrapers": ("figures.scrape",),
 }
 
 # What a class has from a base of this package is its own; what it has from torch and Python is not.
