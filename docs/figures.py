@@ -10,8 +10,8 @@ from sphinx_gallery.scrapers import matplotlib_scraper
 def scrape(block, block_vars, gallery_conf, **kwargs):
     """Save the open figures as the gallery does, or raise for one that shows nothing."""
     for number in plt.get_fignums():
-        axes = [ax for ax in plt.figure(number).axes if ax.axison and ax.get_visible()]
-        if not axes or not all(ax.has_data() for ax in axes):
+        axes = [ax for ax in plt.figure(number).axes if ax.get_visible()]
+        if not any(ax.has_data() for ax in axes) or not all(ax.has_data() for ax in axes if ax.axison):
             raise ExtensionError(f"{block_vars['src_file']}: figure {number} has empty axes, or none at all")
     return matplotlib_scraper(block, block_vars, gallery_conf, **kwargs)
 
