@@ -16,6 +16,7 @@ from gpytorch.means import Mean
 from torch import Tensor, nn
 
 from dualgp.basis import InducingBasis
+from dualgp.checks import check_number
 from dualgp.duals import num_outputs_of
 from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_count
 from dualgp.gp import exact_storage
@@ -29,6 +30,7 @@ from dualgp.kernels.forms import as_form
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 from dualgp.solvers import Estimate
+from dualgp.threads import ONE_AT_A_TIME
 
 _GROUPS = 4  # of probes, whose spread is the standard error of a gradient
 
@@ -124,6 +126,8 @@ class ExactGP(nn.Module):
         check_count("rank", rank, 1)
         check_count("num_probes", num_probes, 2)
         check_count("max_iterations", max_iterations, 1)
+        if not (tol is None or (isinstance(tol, int | float) and 0 < tol < 1)):
+            raise InputError(f"tol must be a number between 0 and 1, or None, got {tol!r}.")
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
         fixed = num_outputs_of(likelihood)
         self.num_outputs = num_outputs if fixed is None else fixed
@@ -160,8 +164,8 @@ class ExactGP(nn.Module):
             SolverError: if a solve does not reach its tolerance: with residual, iterations and what to do.
         """
         check_count("max_steps", max_steps, 1)
-        if not (tol > 0 and lr > 0):
-            raise InputError(f"tol and lr must be positive, got {tol} and {lr}.")
+        check_number("tol", tol, above=0)
+        check_number("lr", lr, above=0)
         if isinstance(X, Tensor) and X.ndim != 2:
             raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs)
@@ -232,6 +236,8 @@ class ExactGP(nn.Module):
             num_inducing: how many of the pivots; all if None.
         """
         fitted = self._ready()
+        if num_inducing is not None:
+            check_count("num_inducing", num_inducing, 1)
         rows = torch.tensor(fitted.process.pivots[:num_inducing], device=fitted.data.x.device)
         hyper = fitted.hyper
         basis = InducingBasis(hyper.kernel, fitted.data.x[rows], hyper.mean, num_outputs=self.num_outputs)
@@ -313,14 +319,16 @@ class ExactGP(nn.Module):
         return (values.mT if self.num_outputs is not None else values[0]).to(like.dtype)
 
     def _ready(self) -> Fitted:
-        if self._fitted is None and self._stored:
-            here = next((p.device for p in self.parameters()), torch.device("cpu"))
-            stored = {name: t.to(here) for name, t in self._stored.items()}
-            with torch.inference_mode(False):  # it outlives the caller's context
+        if self._fitted is not None:
+            return self._fitted
+        with ONE_AT_A_TIME, torch.inference_mode(False):  # it outlives the caller's context
+            if self._fitted is None:
+                if not self._stored:
+                    raise NotFittedError("The model has no sites yet: call fit(X, y).")
+                here = next((p.device for p in self.parameters()), torch.device("cpu"))
+                stored = {name: t.to(here) for name, t in self._stored.items()}
                 self._fitted, self._stored = exact_storage.unpack(self, stored), {}
-        if self._fitted is None:
-            raise NotFittedError("The model has no sites yet: call fit(X, y).")
-        return self._fitted
+            return self._fitted
 
     @torch.no_grad()
     def _take(self, hyper: Hyper) -> None:
