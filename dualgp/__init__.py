@@ -33,6 +33,7 @@ Per datum a site acts on f_i with λ_i = α_i + β_i m_i and β_i, where α_i = 
 
 from dualgp import _quiet as _quiet  # first
 from dualgp import active, errors, likelihoods, optim, transfer
+from dualgp._version import __version__ as __version__
 from dualgp.basis import InducingBasis
 from dualgp.duals import DualParameters, dual_parameters, expected_log_prob
 from dualgp.gp.condition import Conditioned
@@ -69,8 +70,6 @@ from dualgp.selection import Candidates
 from dualgp.sites import Site, Sites, WeightSite
 from dualgp.transfer import merge
 from dualgp.weights import WeightLayout, WeightPosterior
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BoundGradient",

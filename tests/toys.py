@@ -93,6 +93,20 @@ def gap(a: Tensor | float | np.ndarray, b: Tensor | float | np.ndarray | list) -
     return (torch.as_tensor(a, dtype=F64) - torch.as_tensor(b, dtype=F64)).abs().max().item()
 
 
+def same_bits(a: object, b: object) -> bool:
+    """Whether two values, nested or not, are equal to the last bit: NaN is NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        both = (t.detach().cpu().contiguous().flatten() for t in (a, b))
+        return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in both))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_bits(s, t) for s, t in zip(a, b, strict=True))
+    return a == b or (a != a and b != b)
+
+
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """Without the type checks that only tests have: what a user meets."""

@@ -124,6 +124,8 @@ class ExactGP(nn.Module):
         check_count("rank", rank, 1)
         check_count("num_probes", num_probes, 2)
         check_count("max_iterations", max_iterations, 1)
+        if not (tol is None or (isinstance(tol, int | float) and 0 < tol < 1)):
+            raise InputError(f"tol must be a number between 0 and 1, or None, got {tol!r}.")
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
         fixed = num_outputs_of(likelihood)
         self.num_outputs = num_outputs if fixed is None else fixed

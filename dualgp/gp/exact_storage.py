@@ -16,7 +16,7 @@ from dualgp.errors import InputError, NotFittedError
 from dualgp.gp.data import Data, has_multi_targets
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.products import Fitted, Products, State
-from dualgp.gp.storage import GENERATOR, check_modules, check_shapes
+from dualgp.gp.storage import GENERATOR, MODULES, check_modules, check_shapes, check_tensors
 from dualgp.kernels import describe
 
 if TYPE_CHECKING:
@@ -26,8 +26,15 @@ KIND = "ExactGP"
 FORMAT_VERSION = 1
 FIT, PARAMETER = "fit_", "fit_parameter_"
 _OF_STATES = ("lam", "beta", "a", "shift", "u")
+_SINGLE = {FIT + "x"}
 _NEEDED = {FIT + name for name in ("x", "y", "noise", "pivots", "kl", *_OF_STATES)}
 _CONFIG = ("num_outputs", "tol", "rank", "num_probes", "max_iterations", "backend")
+_SCHEMA: files.Schema = {
+    **MODULES,
+    "tol": (int, float, files.NONE),
+    **dict.fromkeys(("rank", "num_probes", "max_iterations"), (int,)),
+    "backend": (str,),
+}
 
 
 def pack(fitted: Fitted) -> dict[str, Tensor]:
@@ -70,26 +77,31 @@ def load(
     cls: type[ExactGP], path: str | PathLike[str], kernel: Kernel, likelihood: Likelihood, mean: Mean | None
 ) -> ExactGP:
     """Read a model written by `save` into the modules given."""
-    config, tensors = files.read(path, KIND, FORMAT_VERSION, {"kernel", "likelihood", "mean", *_CONFIG})
+    config, tensors = files.read(path, KIND, FORMAT_VERSION, _SCHEMA)
     drawn = tensors.pop(GENERATOR, None)
     check_modules(path, config, kernel, likelihood, mean)
-    model = cls(kernel, likelihood, mean=mean, **{name: config[name] for name in _CONFIG})
-    check_shapes(path, model, tensors, _NEEDED, {name for name in tensors if name.startswith(PARAMETER)})
-    _check_sizes(path, model, tensors)
-    model.load_state_dict(tensors)
-    if drawn is not None:
-        model.generator.set_state(drawn)
+    with files.undamaged(path, kernel, likelihood, mean):
+        model = cls(kernel, likelihood, mean=mean, **{name: config[name] for name in _CONFIG})
+        check_shapes(path, model, tensors, _NEEDED, {name for name in tensors if name.startswith(PARAMETER)})
+        _check_sizes(path, model, tensors)
+        model.load_state_dict(tensors)
+        if drawn is not None:
+            model.generator.set_state(drawn)
+        model._ready()
     return model
 
 
 def _check_sizes(path: str | PathLike[str], model: ExactGP, tensors: dict[str, Tensor]) -> None:
     """Raise InputError unless the tensors of a fit go together."""
-    n, S, C = len(tensors[FIT + "x"]), model.effort.num_probes, model.num_outputs or 1
-    pivots = tensors[FIT + "pivots"]
+    x, y, pivots = (tensors[FIT + name] for name in ("x", "y", "pivots"))
+    if x.ndim != 2 or pivots.ndim != 1:
+        raise InputError(f"{path} is damaged: its inputs have shape {tuple(x.shape)}.")
+    n, S, C = len(x), model.effort.num_probes, model.num_outputs or 1
     wanted = dict.fromkeys(_OF_STATES, (C, n)) | {"u": (C, n, S), "kl": (C, 2), "noise": (n + len(pivots), S)}
-    for name, want in wanted.items():
-        came = tuple(tensors[FIT + name].shape)
-        if came != want:
-            raise InputError(f"{path} is damaged: {FIT + name} has shape {came}, where {want} goes with its data.")
-    if len(tensors[FIT + "y"]) != n or not bool(((pivots >= 0) & (pivots < n)).all()):
+    of_fit = {FIT + name: shape for name, shape in wanted.items()}
+    of_fit |= {name: (n,) for name in tensors if name.startswith(PARAMETER)}
+    check_tensors(path, tensors, of_fit, whole={FIT + "pivots"}, single=_SINGLE | of_fit.keys())
+    multi = has_multi_targets(model.likelihood, model.num_outputs)
+    fits = y.shape == ((n, C) if multi else (n,)) and not y.is_complex()
+    if not fits or not bool(((pivots >= 0) & (pivots < n)).all()):
         raise InputError(f"{path} is damaged: its targets or pivots do not go with its {n} inputs.")

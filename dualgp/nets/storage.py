@@ -11,7 +11,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor, nn
 
 from dualgp import files
-from dualgp.errors import DualGPError, InputError, UnsupportedError
+from dualgp.errors import InputError, UnsupportedError
 from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import NetworkJacobian, describe
@@ -28,17 +28,19 @@ if TYPE_CHECKING:
     from dualgp.nets.posterior import NetworkPosterior
 
 KIND, VERSION = "NetworkPosterior", 1
-KEYS = {
-    "likelihood",
-    "params",
-    "budget",
-    "centre",
-    "num_data",
-    "log_likelihood",
-    "offset",
-    "coupled",
-    "rank_tol",
-    "structure",
+_NUMBER = (int, float)
+SCHEMA: files.Schema = {
+    "likelihood": (str,),
+    "params": (list,),
+    "budget": (int,),
+    "centre": (str,),
+    "num_data": (int,),
+    "log_likelihood": (*_NUMBER, files.NONE),
+    "offset": _NUMBER,
+    "has_forgotten": (bool,),
+    "coupled": (bool,),
+    "rank_tol": _NUMBER,
+    "structure": (list, files.NONE),
 }
 
 
@@ -84,15 +86,11 @@ def load(
     example: Tensor | None,
 ) -> NetworkPosterior:
     """Read a posterior written by `save` into copies of the modules given."""
-    config, tensors = files.read(path, KIND, VERSION, KEYS)
+    config, tensors = files.read(path, KIND, VERSION, SCHEMA)
     if config["likelihood"] != describe(likelihood):
         raise InputError(f"{path} was saved with {config['likelihood']}, but {describe(likelihood)} was given.")
-    try:
+    with files.undamaged(path):
         return _build(cls, config, tensors, network, likelihood, example)
-    except DualGPError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged, or does not fit the network or likelihood given: {error}.") from error
 
 
 def _build(
@@ -103,9 +101,7 @@ def _build(
     likelihood: Likelihood,
     example: Tensor | None,
 ) -> NetworkPosterior:
-    ours = [t for name, t in tensors.items() if not name.startswith("likelihood.")]  # constraints may be infinite
-    if any(t.is_floating_point() and not t.isfinite().all() for t in ours):
-        raise InputError("The file holds NaN or infinity.")
+    _check_tensors(tensors)
     likelihood = copy.deepcopy(likelihood).requires_grad_(False)
     likelihood.load_state_dict(_under(tensors, "likelihood."))
     span = _under(tensors, "span.")
@@ -147,6 +143,25 @@ def _build(
     )
 
 
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    """Raise InputError unless what is ours is finite and of the dtypes that are written."""
+    network = {t.dtype for name, t in tensors.items() if name.startswith("network.") and t.is_floating_point()}
+    for name, value in tensors.items():
+        if name.startswith(("likelihood.", "network.")):  # constraints and masks may be infinite
+            continue
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(f"The file's {name} holds NaN or infinity.")
+        may = {torch.float32, torch.float64}
+        if name in ("keys", "sizes", "counts"):
+            may = {torch.int64}
+        elif name in ("span.W", "span.Phi"):
+            may = network
+        elif name == "span.Z":  # inputs may be tokens
+            continue
+        if value.dtype not in may:
+            raise InputError(f"The file's {name} is {value.dtype}.")
+
+
 def _jacobian(
     config: dict[str, Any], state: dict[str, Tensor], network: nn.Module, example: Tensor | None
 ) -> NetworkJacobian:
@@ -155,6 +170,9 @@ def _jacobian(
     if not isinstance(network, nn.Module):
         raise UnsupportedError(f"Expected the torch.nn.Module that was saved, got {type(network).__name__}.")
     network = copy.deepcopy(getattr(network, "_orig_mod", network))
+    for name, value in network.state_dict().items():
+        if name in state and value.is_floating_point() != state[name].is_floating_point():
+            raise InputError(f"The file's {name} is {state[name].dtype}, the network's {value.dtype}.")
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     network.to(dtype).load_state_dict(state)
     names = set(config["params"])

@@ -237,7 +237,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     def full_disk(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dualgp.files.save_file", full_disk)
+    monkeypatch.setattr("dualgp.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         gp.save(path)
     assert path.read_bytes() == good

@@ -132,7 +132,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         NetworkPosterior.load(path, NET, gaussian(), example=X[:2])
     with pytest.raises(InputError, match="needs 5 outputs"):
         NetworkPosterior.load(path, NET, SoftmaxLikelihood(num_classes=5, mixing_weights=False), example=X[:2])
-    with pytest.raises(InputError, match="does not fit the network"):
+    with pytest.raises(InputError, match="does not fit the modules given"):
         NetworkPosterior.load(path, mlp(width=7), SOFTMAX, example=X[:2])
     with unchecked(), pytest.raises(UnsupportedError, match="Module"):
         NetworkPosterior.load(path, nn.Linear, SOFTMAX, example=X[:2])
@@ -153,7 +153,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dualgp.files.save_file", full_disk)
+    monkeypatch.setattr("dualgp.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         q.save(path)
     assert path.read_bytes() == before
