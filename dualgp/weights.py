@@ -20,6 +20,7 @@ from torch.func import functional_call
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
+from dualgp.threads import ONE_AT_A_TIME
 
 Number: TypeAlias = float | int
 _ASYMMETRY = 1e-3  # relative: beyond what rounding in half precision leaves
@@ -302,10 +303,11 @@ def network_at(layout: WeightLayout, network: nn.Module, theta: Float[Tensor, "P
     Raises:
         InputError: if the network has not these weights.
     """
-    parameters = layout.parameters_of(network)
-    state = {n: w.to(p.dtype) for (n, w), p in zip(layout.split(theta).items(), parameters, strict=True)}
-    state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
-    return functional_call(network, state, (x,))
+    with ONE_AT_A_TIME:  # another thread would find these weights in the network
+        parameters = layout.parameters_of(network)
+        state = {n: w.to(p.dtype) for (n, w), p in zip(layout.split(theta).items(), parameters, strict=True)}
+        state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return functional_call(network, state, (x,))
 
 
 @runtime_checkable

@@ -29,6 +29,7 @@ from dualgp.kernels.forms import as_form
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
 from dualgp.solvers import Estimate
+from dualgp.threads import ONE_AT_A_TIME
 
 _GROUPS = 4  # of probes, whose spread is the standard error of a gradient
 
@@ -315,14 +316,16 @@ class ExactGP(nn.Module):
         return (values.mT if self.num_outputs is not None else values[0]).to(like.dtype)
 
     def _ready(self) -> Fitted:
-        if self._fitted is None and self._stored:
-            here = next((p.device for p in self.parameters()), torch.device("cpu"))
-            stored = {name: t.to(here) for name, t in self._stored.items()}
-            with torch.inference_mode(False):  # it outlives the caller's context
+        if self._fitted is not None:
+            return self._fitted
+        with ONE_AT_A_TIME, torch.inference_mode(False):  # it outlives the caller's context
+            if self._fitted is None:
+                if not self._stored:
+                    raise NotFittedError("The model has no sites yet: call fit(X, y).")
+                here = next((p.device for p in self.parameters()), torch.device("cpu"))
+                stored = {name: t.to(here) for name, t in self._stored.items()}
                 self._fitted, self._stored = exact_storage.unpack(self, stored), {}
-        if self._fitted is None:
-            raise NotFittedError("The model has no sites yet: call fit(X, y).")
-        return self._fitted
+            return self._fitted
 
     @torch.no_grad()
     def _take(self, hyper: Hyper) -> None:

@@ -20,6 +20,7 @@ from dualgp.gp.data import Data, check_data, check_inputs
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
+from dualgp.threads import ONE_AT_A_TIME
 
 _SITE_BUFFERS = ("site_lam", "site_B", "lam", "beta", *stream.BUFFERS)
 _LIKE_INPUTS = ("memory_x",)  # in the dtype of the user; all else in the buffers stays as it is
@@ -71,14 +72,17 @@ class FittedGP(nn.Module):
         Raises:
             NotFittedError: before `fit`.
         """
-        if self._posterior is None:
-            if self.site_lam is None or self.site_B is None:
-                raise NotFittedError("This DualGP has no posterior yet: call fit(X, y) or load a fitted one.")
-            with torch.inference_mode(False):  # it outlives the caller's context
+        found = self._posterior
+        if found is not None and found.basis.is_of(self.kernel, self.mean):
+            return found
+        with ONE_AT_A_TIME, torch.inference_mode(False):  # it outlives the caller's context
+            if self._posterior is None:
+                if self.site_lam is None or self.site_B is None:
+                    raise NotFittedError("This DualGP has no posterior yet: call fit(X, y) or load a fitted one.")
                 self._posterior = Posterior(self._basis(), Site(self.site_lam, self.site_B))
-        elif not self._posterior.basis.is_of(self.kernel, self.mean):
-            stream.rebase(self, self._posterior, self._basis())
-        return self._posterior
+            elif not self._posterior.basis.is_of(self.kernel, self.mean):
+                stream.rebase(self, self._posterior, self._basis())
+            return self._posterior
 
     @property
     def sites(self) -> Sites:

@@ -34,6 +34,7 @@ from torch import Tensor
 from dualgp.errors import UnsupportedError
 from dualgp.kernels.products import check_kernel, kernel_diagonal
 from dualgp.kernels.stationary import profile
+from dualgp.threads import ONE_AT_A_TIME
 
 # The rounding of h in float32 is about 6e-8 |ψ|². Beyond this mean square it would show in a product as 1e-6.
 _LARGEST_IN_SINGLE = 4.0
@@ -214,7 +215,7 @@ class Opaque(Leaf):
     def tile(self, parts: Parts) -> Tensor:
         """k(x, z) by GPyTorch's own forward."""
         x, z = next(parts.rows), next(parts.columns)
-        with gpytorch.settings.lazily_evaluate_kernels(False):
+        with ONE_AT_A_TIME, gpytorch.settings.lazily_evaluate_kernels(False):
             found = self.kernel.forward(x, z)
         return to_dense(found).to(self.dtype)
 

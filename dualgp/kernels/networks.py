@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from dualgp.errors import InputError, UnsupportedError
+from dualgp.threads import ONE_AT_A_TIME
 
 Selection = str | Sequence[str] | Callable[[str], bool]
 
@@ -139,7 +140,7 @@ def full_precision() -> Iterator[None]:
         switches = [(owner, "fp32_precision", "ieee") for owner in products]
     else:  # torch before 2.9
         switches = [(b.cuda.matmul, "allow_tf32", False), (b.cudnn, "allow_tf32", False)]
-    with ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         for owner, name, value in switches:
             stack.enter_context(_set(owner, name, value))
         yield
@@ -157,8 +158,16 @@ def _set(owner: object, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def plain_kernels(network: nn.Module) -> Iterator[None]:
-    """Within, attention and recurrent layers run on kernels whose derivatives can be batched, in eval mode too."""
+    """Within, attention and recurrent layers run on kernels whose derivatives can be batched, in eval mode too.
+
+    Gradients can be recorded, also where the caller is in `torch.inference_mode()`.
+    """
     recurrent = any(isinstance(m, nn.RNNBase) for m in network.modules())
     cudnn = torch.backends.cudnn
-    with full_precision(), sdpa_kernel(SDPBackend.MATH), _set(cudnn, "enabled", cudnn.enabled and not recurrent):
+    with (
+        torch.inference_mode(False),
+        full_precision(),
+        sdpa_kernel(SDPBackend.MATH),
+        _set(cudnn, "enabled", cudnn.enabled and not recurrent),
+    ):
         yield

@@ -306,7 +306,11 @@ class NetworkJacobian:
         if x.shape[1:] != self.input_shape or x.ndim == 0:
             sizes = ", ".join(["n", *map(str, self.input_shape)])
             raise InputError(f"Expected x of shape [{sizes}], got {tuple(x.shape)}.")
-        return x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype)
+        x = x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype)
+        if not x.is_inference():
+            return x
+        with torch.inference_mode(False):
+            return x.clone()  # which a graph can hold
 
     def _chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         x, step = self._rows(x), self.budget // self.row_bytes
@@ -317,7 +321,7 @@ class NetworkJacobian:
         """Check f on rows together and alone; return the order of modules, and the bytes of activations of a row."""
         order: list[str] = []
         sizes = [_bytes(x)]
-        with ExitStack() as hooks, torch.no_grad(), full_precision():
+        with torch.no_grad(), full_precision(), ExitStack() as hooks:
             for name, module in self._network.named_modules():
                 if has_own_parameters(module) and "parametrizations" not in name.split("."):
                     hook = module.register_forward_pre_hook(lambda *_, name=name: order.append(name))

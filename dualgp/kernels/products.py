@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualgp.errors import UnsupportedError
 from dualgp.kernels.stationary import as_stationary, fused_cross
+from dualgp.threads import ONE_AT_A_TIME
 
 # Kernels of several outputs per input, or that bring their own approximation or training data.
 _UNSUPPORTED = {
@@ -58,7 +59,7 @@ def cross_covariance(kernel: Kernel, x: Tensor, z: Tensor, dtype: torch.dtype | 
     form = as_stationary(kernel)
     if form is not None:
         return fused_cross(form, x, z, dtype)
-    with gpytorch.settings.lazily_evaluate_kernels(False):
+    with ONE_AT_A_TIME, gpytorch.settings.lazily_evaluate_kernels(False):
         return kernel(x, z).to_dense().to(dtype)
 
 

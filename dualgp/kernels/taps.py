@@ -148,7 +148,7 @@ def trace(network: nn.Module, x: Tensor, modules: Sequence[nn.Module]) -> tuple[
             (x, *_) = args or tuple(kwargs.values())
             taps.append((module, x.detach(), get_gradient_edge(output)))
 
-    with ExitStack() as hooks, torch.enable_grad(), plain_kernels(network):
+    with torch.enable_grad(), plain_kernels(network), ExitStack() as hooks:  # one thread's hooks at a time
         for module in modules:
             hooks.callback(module.register_forward_hook(tap, prepend=True, with_kwargs=True).remove)
         f = as_outputs(network(x), len(x))
@@ -218,7 +218,7 @@ def rows_by_func(network: nn.Module, names: Sequence[str], x: Tensor) -> list[Te
         return as_outputs(torch.func.functional_call(network, values, (row.unsqueeze(0),)), 1).squeeze(0)
 
     values = {name: parameters[name].detach() for name in names}
-    with torch.no_grad(), plain_kernels(network):
+    with plain_kernels(network), torch.no_grad():
         jac = torch.func.vmap(torch.func.jacrev(one), (None, 0))(values, x)
     return [jac[name] for name in names]
 

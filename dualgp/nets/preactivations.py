@@ -24,6 +24,7 @@ from scipy.special import digamma, erfinv, log_ndtr, loggamma, ndtri_exp, polyga
 from torch import Tensor, nn
 
 from dualgp.errors import InputError, check_count
+from dualgp.threads import ONE_AT_A_TIME
 
 Kind: TypeAlias = Literal["odd", "positive"]
 
@@ -244,11 +245,12 @@ def network_ks(network: nn.Module, layer: str, x: Float[Tensor, "n ..."]) -> KST
     if layer not in modules:
         raise InputError(f"The network has no layer {layer!r}; it has {[name for name in modules if name][:10]}.")
     seen: list[Tensor] = []
-    hook = modules[layer].register_forward_hook(lambda _, __, out: seen.append(out.detach().double().flatten()))
-    try:
-        network(x)
-    finally:
-        hook.remove()
+    with ONE_AT_A_TIME:
+        hook = modules[layer].register_forward_hook(lambda _, __, out: seen.append(out.detach().double().flatten()))
+        try:
+            network(x)
+        finally:
+            hook.remove()
     z = torch.cat(seen) if seen else x.new_zeros(0)
     scale = z.square().mean().sqrt()
     if not len(z) or not float(scale) > 0:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from dualgp.errors import InputError, check_count
 from dualgp.laplace import laplace_sites
 from dualgp.selection import RULES, Candidates, Rule, check_rule, choose
+from dualgp.threads import ONE_AT_A_TIME
 from dualgp.transfer.terms import check_canonical
 
 
@@ -56,8 +57,9 @@ class MemorySet:
             >>> len(MemorySet.of(net, torch.zeros(3, 1)))
             3
         """
-        with torch.no_grad():  # in the mode it is in, with buffers of its own: a batch norm that trains moves none
-            f = functional_call(network, {name: b.clone() for name, b in network.named_buffers()}, (x,))
+        with ONE_AT_A_TIME, torch.no_grad():  # in the mode it is in
+            own = {name: b.clone() for name, b in network.named_buffers()}  # a batch norm that trains moves none
+            f = functional_call(network, own, (x,))
         return cls(x, f, torch.ones(len(x), dtype=f.dtype, device=f.device) if weights is None else weights, y)
 
     def join(self, other: MemorySet) -> MemorySet:
