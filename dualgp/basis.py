@@ -14,8 +14,9 @@ from gpytorch.means import Mean
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import BasisMismatchError, InputError
-from dualgp.kernels import cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.checks import check_number, check_tensor
+from dualgp.errors import BasisMismatchError, InputError, UnsupportedError
+from dualgp.kernels import check_kernel, cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
 from dualgp.linalg import GramSum, psd_cholesky, psd_part, row_chunks, tri_inverse, whiten
 from dualgp.sites import Site, Sites
 
@@ -168,6 +169,12 @@ class InducingBasis(Basis):
         jitter: float = 1e-6,
         _owned: bool = False,
     ) -> None:
+        if not _owned:
+            check_kernel(kernel)
+            if mean is not None and not isinstance(mean, Mean):
+                raise UnsupportedError(f"mean must be a gpytorch.means.Mean or None, got {type(mean).__name__}.")
+        check_tensor("inducing_points", inducing_points)
+        check_number("jitter", jitter, least=0)
         if inducing_points.ndim < 2 or not inducing_points.is_floating_point():
             raise InputError(
                 "inducing_points must be floating point of shape [*batch, M, D], got "
@@ -237,12 +244,16 @@ class InducingBasis(Basis):
             InputError: if x has the wrong shape, dtype or device.
         """
         d = self.inducing_points.shape[-1]
+        if not isinstance(x, Tensor) or x.device == self.device:
+            check_tensor("x", x)
         if x.ndim < 2 or x.shape[-1] != d:
             raise InputError(f"Inputs must have shape [*batch, T, {d}], got {tuple(x.shape)}.")
         if x.dtype != self.dtype or x.device != self.device:
             raise InputError(
                 f"Inputs must be {self.dtype} on {self.device}, got {x.dtype} on {x.device}; use x.to(...)."
             )
+        if not bool(x.isfinite().all()):
+            raise InputError("Inputs must be finite, but hold NaN or infinity.")
         return x.shape[-2]
 
     def is_of(self, kernel: Kernel, mean: Mean | None) -> bool:

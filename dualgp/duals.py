@@ -37,6 +37,7 @@ from gpytorch.likelihoods.likelihood import _Likelihood, _OneDimensionalLikeliho
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
 from dualgp.quadrature import MANY_NODES, NUM_NODES, expectation, expected_logsumexp
@@ -73,6 +74,8 @@ def dual_parameters(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor
         >>> round(d.alpha.item(), 4), round(d.beta.item(), 4)
         (2.0, 2.0)
     """
+    check_marginals(mean, var)
+    check_shape_of_targets(likelihood, y, mean)
     return _duals(likelihood, y, mean.detach(), var.detach(), params, create_graph=False)
 
 
@@ -92,7 +95,7 @@ def _duals(
         noise = noise.detach().double()
         elp = _gaussian(y.double(), mean, var, noise)
         beta = (1.0 / noise).expand(mean.shape)
-        return DualParameters(elp, (y - mean) * beta, beta.clone())
+        return DualParameters(elp, (y.double() - mean) * beta, beta.clone())
     with torch.inference_mode(False):  # gradients are taken within inference_mode() and no_grad() as outside of them
         mean, var, y = (recordable(t) for t in (mean, var, y))
         params = {name: recordable(values) for name, values in params.items()}
@@ -118,6 +121,8 @@ def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tens
         >>> expected_log_prob(lik, torch.ones(1), torch.zeros(1), torch.zeros(1))
         tensor([-0.6931], dtype=torch.float64)
     """
+    check_marginals(mean, var)
+    check_shape_of_targets(likelihood, y, mean)
     mean, var = mean.double(), var.double()
     noise = gaussian_noise(likelihood, **params)
     if noise is not None:
@@ -133,6 +138,25 @@ def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tens
     if isinstance(likelihood, _OneDimensionalLikelihood):
         return expectation(lambda f: conditional_log_prob(likelihood, y, f, **params), mean, var, num_nodes(likelihood))
     return likelihood.expected_log_prob(y, _diagonal_normal(y, mean, var), **params)
+
+
+def check_marginals(mean: Tensor, var: Tensor) -> None:
+    """Raise InputError unless marginals are tensors of one shape."""
+    check_tensor("mean", mean)
+    check_tensor("var", var)
+    if mean.shape != var.shape:
+        raise InputError(f"mean and var must have one shape, got {tuple(mean.shape)} and {tuple(var.shape)}.")
+
+
+def check_shape_of_targets(likelihood: Likelihood, y: Tensor, mean: Tensor) -> None:
+    """Raise InputError unless targets have the shape of the marginals: a label of a softmax is one for all outputs."""
+    check_tensor("y", y)
+    shape = mean.shape[:-1] if type(likelihood) is SoftmaxLikelihood else mean.shape
+    k = min(len(shape), y.ndim)
+    pairs = zip(shape[len(shape) - k :], y.shape[y.ndim - k :], strict=True)
+    column = y.ndim > len(shape) and shape[-1:] != y.shape[-1:]
+    if column or not all(a == b or 1 in (a, b) for a, b in pairs):
+        raise InputError(f"y must have shape {tuple(shape)}, as the marginals have, got {tuple(y.shape)}.")
 
 
 def num_nodes(likelihood: Likelihood) -> int:
@@ -280,6 +304,11 @@ def check_targets(likelihood: Likelihood, y: Tensor) -> None:
     Raises:
         InputError: with the range expected and the first value outside it.
     """
+    check_tensor("y", y)
+    if y.dtype == torch.bool:
+        raise InputError("y must hold real numbers or integer labels, got torch.bool; use y.long().")
+    if not bool(y.isfinite().all()):
+        raise InputError(f"y must be finite; {int((~y.isfinite()).sum())} values are NaN or infinite.")
     if type(likelihood) is SoftmaxLikelihood:
         bad, want = (y != y.round()) | (y < 0) | (y >= likelihood.num_classes), f"0 … {likelihood.num_classes - 1}"
     elif isinstance(likelihood, BernoulliLikelihood):

@@ -9,7 +9,8 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dualgp.errors import InputError
+from dualgp.checks import check_tensor
+from dualgp.errors import InputError, check_count
 from dualgp.kernels import LazyKernel, cross_covariance, frozen_copy, kernel_diagonal, prior_covariance
 from dualgp.linalg import psd_cholesky
 from dualgp.solvers import pivoted_cholesky
@@ -47,6 +48,10 @@ def greedy_variance(
         >>> greedy_variance(RBFKernel(), torch.tensor([[0.0], [0.1], [3.0]]), 2)
         tensor([0, 2])
     """
+    check_tensor("x", x)
+    check_count("num_inducing", num_inducing, 1)
+    if x.ndim != 2 or not x.shape[-1] or not bool(x.isfinite().all()):
+        raise InputError(f"x must be finite, of shape [n, D], got {tuple(x.shape)}.")
     n = x.shape[-2]
     if not 1 <= num_inducing <= n:
         raise InputError(f"num_inducing must be between 1 and the {n} inputs given, got {num_inducing}.")

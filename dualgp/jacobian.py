@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dualgp.basis import Basis, Features
+from dualgp.checks import check_tensor
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
 from dualgp.linalg import row_chunks
@@ -326,8 +327,7 @@ class JacobianBasis(Basis):
 
 def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
     shape = tuple(jacobian.input_shape)
-    if not isinstance(x, Tensor):
-        raise InputError(f"Inputs must be a tensor, got {type(x).__name__}: use torch.as_tensor.")
+    check_tensor("Inputs", x)
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
         raise InputError(f"Inputs must have shape {('T', *shape)}, got {tuple(x.shape)}.")
     return len(x)

@@ -27,6 +27,7 @@ from gpytorch.likelihoods import (
 from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.duals import (
     check_likelihood,
     check_targets,
@@ -89,6 +90,8 @@ def laplace_sites(likelihood: Likelihood, y: Tensor, f: Tensor, **params: Tensor
 
 
 def _check(likelihood: Likelihood, y: Tensor, f: Tensor) -> None:
+    check_tensor("y", y)
+    check_tensor("f", f)
     outputs = num_outputs_of(likelihood)
     want = f.shape[:-1] if type(likelihood) is SoftmaxLikelihood else f.shape
     if f.ndim not in (1, 2) or y.shape != want or (outputs is not None and f.shape[-1:] != (outputs,)):

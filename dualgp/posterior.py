@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from dualgp.basis import Basis, Features, InducingBasis, SiteSum
+from dualgp.checks import check_generator, check_number
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites
@@ -224,6 +225,7 @@ class Posterior(Generic[BasisT]):
             InputError: if x has the wrong shape, dtype or device, or num_samples is no whole number ≥ 1.
         """
         check_count("num_samples", num_samples, 1)
+        check_generator(generator)
         if not self.basis.has_residual:
             return self._sample_weights(x, num_samples, generator)
         joint = self.predict_joint(x)
@@ -259,6 +261,8 @@ class Posterior(Generic[BasisT]):
             InputError: if x and the sites do not fit the basis or each other.
         """
         self.check_sites(self.basis.check_inputs(x), sites)
+        if isinstance(self.basis, InducingBasis) and x.ndim - 2 > len(self.basis.batch_shape):
+            raise InputError(f"x has shape {tuple(x.shape)}, the posterior no more than {self.basis.batch_shape}.")
         sites = sites.to(self.basis.device)
         total = SiteSum(self.basis)
         if self.basis.coupled:
@@ -272,6 +276,10 @@ class Posterior(Generic[BasisT]):
 
     def check_sites(self, n: int, sites: Sites) -> None:
         """Raise InputError unless the sites are those of n inputs, for this basis."""
+        if not isinstance(sites, Sites):
+            raise InputError(f"sites must be dualgp.Sites, got {type(sites).__name__}.")
+        if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
+            raise InputError("Sites must be finite, but hold NaN or infinity.")
         C = self.basis.num_outputs
         fits = sites.multi_output == (C is not None) and (C is None or sites.lam.shape[-1] == C)
         if len(sites) != n or not fits:
@@ -303,14 +311,12 @@ class Posterior(Generic[BasisT]):
         Raises:
             InputError: if the factor is negative or not finite.
         """
-        if not (factor >= 0 and factor < float("inf")):
-            raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
+        check_number("The factor by which sites are scaled", factor, least=0)
         return Posterior(self.basis, factor * self.site)
 
     def temper(self, temperature: float | int) -> Posterior[BasisT]:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0 (see `scale`)."""
-        if not temperature > 0:
-            raise InputError(f"The temperature must be positive, got {temperature}.")
+        check_number("The temperature", temperature, above=0)
         return self.scale(1.0 / temperature)
 
     def rebase(self, basis: NewT) -> Posterior[NewT]:

@@ -8,8 +8,8 @@ from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, MixtureSameFamily, Normal
 
-from dualgp.duals import conditional_log_prob, gaussian_noise, num_nodes
-from dualgp.errors import UnsupportedError
+from dualgp.duals import check_marginals, check_shape_of_targets, conditional_log_prob, gaussian_noise, num_nodes
+from dualgp.errors import InputError, UnsupportedError
 from dualgp.quadrature import expectation, expected_softmax, hermite_points
 
 
@@ -32,9 +32,13 @@ def predictive_distribution(likelihood: Likelihood, mean: Tensor, var: Tensor, *
         >>> predictive_distribution(BernoulliLikelihood(), torch.zeros(1), torch.ones(1)).probs
         tensor([0.5000])
     """
+    check_marginals(mean, var)
     noise = gaussian_noise(likelihood, **params)
     if noise is not None:
-        return Normal(mean, (var + noise.to(var)).sqrt())
+        total = var + noise.to(var)
+        if not bool(mean.isfinite().all() and (total.isfinite() & (total > 0)).all()):
+            raise InputError("mean and var must be finite and var ≥ 0, but hold NaN, infinity or less than that.")
+        return Normal(mean, total.sqrt())
     if type(likelihood) is SoftmaxLikelihood:
         return Categorical(probs=expected_softmax(mean, var))
     if type(likelihood) is BernoulliLikelihood:
@@ -57,6 +61,10 @@ def log_predictive(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor,
         >>> log_predictive(BernoulliLikelihood(), torch.ones(1), torch.zeros(1), torch.ones(1))
         tensor([-0.6931], dtype=torch.float64)
     """
+    check_marginals(mean, var)
+    check_shape_of_targets(likelihood, y, mean)
+    if y.dtype == torch.bool or not bool(y.isfinite().all()):
+        raise InputError(f"y must hold finite numbers or integer labels, got {y.dtype} with NaN, infinity or bools.")
     mean, var = mean.double(), var.double()
     if gaussian_noise(likelihood, **params) is not None or type(likelihood) is SoftmaxLikelihood:
         return predictive_distribution(likelihood, mean, var, **params).log_prob(y)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.errors import BasisMismatchError, InputError
 
 
@@ -52,6 +53,8 @@ class Sites:
     root: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("lam", self.lam), ("beta", self.beta)):
+            check_tensor(name, value)
         shape = tuple(self.lam.shape)
         block = (*shape, shape[-1]) if self.multi_output else shape
         if self.beta.shape not in (self.lam.shape, block):
@@ -244,7 +247,9 @@ class WeightSite:
     B: Tensor
 
     def __post_init__(self) -> None:
-        P = len(self.lam)
+        for name, value in (("lam", self.lam), ("B", self.B)):
+            check_tensor(name, value)
+        P = len(self.lam) if self.lam.ndim else 0
         if self.lam.ndim != 1 or self.B.shape not in ((P,), (P, P)):
             raise InputError(
                 f"Expected lam [P] and B [P] or [P, P], got {tuple(self.lam.shape)} and {tuple(self.B.shape)}."

@@ -17,6 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dualgp.checks import check_generator, check_number, check_tensor
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
@@ -134,6 +135,11 @@ class WeightPosterior:
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
     ) -> None:
+        for name, value in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
+            if isinstance(value, Tensor):
+                check_tensor(name, value)
+            else:
+                check_number(name, value)
         like = site.lam if site is not None else _first_tensor(prior_mean, prior_precision)
         P = layout.size
         prior_mean = torch.as_tensor(prior_mean, dtype=like.dtype, device=like.device)
@@ -146,6 +152,7 @@ class WeightPosterior:
         if site is not None and len(site.lam) != P:
             raise BasisMismatchError(f"The layout has {P} weights, the site {len(site.lam)}.")
         self.layout, self.site = layout, site
+        prior_mean, prior_precision = prior_mean.clone(), prior_precision.clone()  # the caller may change its own
         self.prior_mean = prior_mean.expand(P)
         self.prior_precision = prior_precision.expand(P) if prior_precision.ndim < 2 else prior_precision
         parts = [self.prior_mean, self.prior_precision, *(() if site is None else (site.lam, site.B))]
@@ -189,6 +196,7 @@ class WeightPosterior:
             InputError: if num_samples is no whole number ≥ 1.
         """
         check_count("num_samples", num_samples, 1)
+        check_generator(generator)
         dtype = self.mean.dtype if self._chol is None else torch.float64
         shape = (num_samples, self.layout.size)
         noise = torch.randn(shape, dtype=dtype, device=self.mean.device, generator=generator)
@@ -241,14 +249,12 @@ class WeightPosterior:
         Raises:
             InputError: if the factor is negative or not finite.
         """
-        if not (factor >= 0 and factor < float("inf")):
-            raise InputError(f"Sites can be scaled by a finite factor ≥ 0, got {factor}.")
+        check_number("The factor by which sites are scaled", factor, least=0)
         return self.with_site(None if self.site is None else self.site * factor)
 
     def temper(self, temperature: Number) -> WeightPosterior:
         """Return prior · t^{1/T}: the likelihood at temperature T > 0."""
-        if not temperature > 0:
-            raise InputError(f"The temperature must be positive, got {temperature}.")
+        check_number("The temperature", temperature, above=0)
         return self.scale(1.0 / temperature)
 
     def with_site(self, site: WeightSite | None) -> WeightPosterior:
@@ -307,7 +313,20 @@ def network_at(layout: WeightLayout, network: nn.Module, theta: Float[Tensor, "P
         parameters = layout.parameters_of(network)
         state = {n: w.to(p.dtype) for (n, w), p in zip(layout.split(theta).items(), parameters, strict=True)}
         state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return evaluated(network, state, x)
+
+
+def evaluated(network: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return what a network says of x with these weights and buffers.
+
+    Raises:
+        InputError: if x is no tensor with values, or the network cannot be called with it.
+    """
+    check_tensor("x", x)
+    try:
         return functional_call(network, state, (x,))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"The network cannot be called with x {x.dtype} {tuple(x.shape)}: {error}") from error
 
 
 @runtime_checkable

@@ -98,7 +98,7 @@ def same_bits(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
-        both = (t.detach().cpu().contiguous().flatten() for t in (a, b))
+        both = (t.detach().cpu().flatten().clone(memory_format=torch.contiguous_format) for t in (a, b))
         return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in both))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)

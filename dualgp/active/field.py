@@ -10,6 +10,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.duals import check_param_names, check_variances
 from dualgp.errors import InputError
 from dualgp.influence.blocks import bare
@@ -42,6 +43,7 @@ def check_candidates(x: Tensor, what: str = "Candidates") -> None:
         raise InputError(f"{what} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor.")
     if x.ndim < 2 or not len(x):
         raise InputError(f"{what} must have at least one row, [n, D] or [n, *input_shape], got {tuple(x.shape)}.")
+    check_tensor(what, x)
     bad = ~x.isfinite().flatten(1).all(1) if x.is_floating_point() else torch.zeros(len(x), dtype=torch.bool)
     if bad.any():
         raise InputError(

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from dualgp.active.batch import Selection, select
 from dualgp.active.field import check_candidates
 from dualgp.active.scores import RULES, Rule, random
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, check_count
 from dualgp.fingerprints import fingerprints
 from dualgp.selection import check_rule
@@ -329,12 +330,16 @@ def _as_rows(ids: Any) -> Tensor:
         rows = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"Rows of the pool must be whole numbers, got {ids!r}.") from e
+    if rows.is_meta or rows.layout != torch.strided:
+        check_tensor("Rows of the pool", rows)
     if len(rows.reshape(-1)) and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
         raise InputError(f"Rows of the pool must be whole numbers, got {rows.dtype}.")
     return rows.long().cpu()
 
 
 def _check_distinct(pool: Tensor) -> None:
+    if not pool[0].numel() or pool.is_complex():
+        raise InputError(f"The pool must have real inputs, got {pool.dtype} {tuple(pool.shape)}.")
     rows, counts = pool.flatten(1).unique(dim=0, return_counts=True)
     if len(rows) < len(pool):
         twice = rows[counts > 1][0]

@@ -33,6 +33,7 @@ from dualgp.active.field import (
     joint_field,
     moments,
 )
+from dualgp.checks import check_generator
 from dualgp.errors import InputError
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
 from dualgp.quadrature import gauss_legendre
@@ -215,6 +216,7 @@ def prospects(
     q: Learner, x: Tensor, level: float | None, generator: torch.Generator | None, params: dict[str, Tensor]
 ) -> Prospects:
     """Return what rules look at, but for the joint Gaussian."""
+    check_generator(generator)
     keys = torch.rand(len(x), dtype=torch.float64, generator=generator)
     return Prospects(q.likelihood, *moments(q, x), params, level, keys)
 

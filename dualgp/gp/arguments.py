@@ -11,9 +11,10 @@ from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor
 
+from dualgp.checks import check_number
 from dualgp.distributed import Ranks
 from dualgp.duals import check_likelihood, has_batch_shape, num_outputs_of
-from dualgp.errors import InputError, UnsupportedError
+from dualgp.errors import InputError, UnsupportedError, check_count
 from dualgp.kernels import check_kernel, describe
 from dualgp.selection import RULES, Rule, check_rule
 
@@ -42,8 +43,10 @@ def check_arguments(
         raise UnsupportedError(f"mean must be a gpytorch.means.Mean or None, got {type(mean).__name__}.")
     if num_inducing is not None and inducing_points is not None:
         raise InputError("Give num_inducing or inducing_points, not both.")
-    if num_inducing is not None and num_inducing < 1:
-        raise InputError(f"num_inducing must be at least 1, got {num_inducing}.")
+    if num_inducing is not None:
+        check_count("num_inducing", num_inducing, 1)
+    if num_outputs is not None:
+        check_count("num_outputs", num_outputs, 1)
     fixed = num_outputs_of(likelihood)
     if fixed is not None and num_outputs not in (None, fixed):
         raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but num_outputs={num_outputs}.")
@@ -52,10 +55,7 @@ def check_arguments(
             f"{type(likelihood).__name__} with parameters per output or per datum is not supported for num_outputs="
             f"{num_outputs}: use MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), or one DualGP each."
         )
-    if num_outputs is not None and num_outputs < 1:
-        raise InputError(f"num_outputs must be at least 1 (or None for a single output), got {num_outputs}.")
-    if not jitter >= 0:
-        raise InputError(f"jitter must be ≥ 0, got {jitter}.")
+    check_number("jitter", jitter, least=0)
 
 
 def check_mode() -> None:
@@ -81,10 +81,10 @@ def check_memory(memory: int | None, rule: str | Rule, window: int | None) -> No
 
 def check_fit(tol: float, max_rounds: int, batch_size: int | None) -> None:
     """Raise InputError unless a fit can go by these."""
-    if not (tol > 0 and max_rounds >= 1 and (batch_size is None or batch_size >= 1)):
-        raise InputError(
-            f"tol must be positive, max_rounds and batch_size at least 1; got {tol}, {max_rounds} and {batch_size}."
-        )
+    check_number("tol", tol, above=0)
+    check_count("max_rounds", max_rounds, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
 
 
 def check_same(model: DualGP, ranks: Ranks, arguments: dict[str, object]) -> None:

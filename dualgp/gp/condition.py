@@ -107,6 +107,7 @@ class Conditioned:
 
     def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [*b, T] and covariance [*b, T, T] of f(x) in float64, outputs (if any) before the data."""
+        self.base.basis.check_inputs(x)
         n, t = self.x.shape[-2], x.shape[-2]
         batch = torch.broadcast_shapes(x.shape[:-2], self.x.shape[:-2])
         both = torch.cat([x.expand(*batch, t, -1), self.x.expand(*batch, n, -1)], -2)

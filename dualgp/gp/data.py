@@ -9,6 +9,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import (
     check_param_names,
@@ -106,14 +107,17 @@ def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> 
     Raises:
         InputError: saying what was expected and what came.
     """
-    if not isinstance(x, Tensor):
-        raise InputError(f"{what} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor.")
+    if isinstance(x, Tensor) and x.is_complex():
+        raise InputError(f"{what} must be float32 or float64, got {x.dtype}; use {what}.real.")
+    check_tensor(what, x)
     if not x.is_floating_point() or x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"{what} must be float32 or float64, got {x.dtype}; use {what}.float() or {what}.double().")
     if x.ndim < 2:
         raise InputError(
             f"{what} must have shape [*batch, n, D], got {tuple(x.shape)}; one input dimension is {what}.unsqueeze(-1)."
         )
+    if not x.shape[-1]:
+        raise InputError(f"{what} must have at least one column, got {tuple(x.shape)}.")
     if num_dims is not None and x.shape[-1] != num_dims:
         raise InputError(f"{what} must have {num_dims} columns, as the model was fitted with, got {x.shape[-1]}.")
     finite = x.isfinite()
@@ -140,7 +144,7 @@ def check_data(
     """
     check_inputs(x)
     if not isinstance(y, Tensor):
-        raise InputError(f"y must be a torch.Tensor, got {type(y).__name__}; use torch.as_tensor.")
+        check_tensor("y", y)
     if y.device != x.device:
         raise InputError(f"X is on {x.device} and y on {y.device}; move one with .to(...).")
     multi = has_multi_targets(likelihood, num_outputs)
@@ -150,6 +154,7 @@ def check_data(
         raise InputError(f"y must have shape {want} to go with X {tuple(x.shape)}, got {tuple(y.shape)}.{hint}")
     if y.is_complex() or y.dtype == torch.bool:
         raise InputError(f"y must hold real numbers or integer labels, got {y.dtype}; use y.to(X.dtype).")
+    check_tensor("y", y)
     if not y.isfinite().all():
         raise InputError(f"y must be finite; {int((~y.isfinite()).sum())} values are NaN or infinite.")
     if y.numel():
@@ -157,9 +162,8 @@ def check_data(
     params = params or {}
     check_param_names(likelihood, params)
     for name, values in params.items():
-        if not isinstance(values, Tensor):
-            raise InputError(f"{name}= must be a torch.Tensor with one value per datum, got {type(values).__name__}.")
-        if values.shape[-1] != x.shape[-2] or not values.isfinite().all():
+        check_tensor(f"{name}=", values)
+        if not values.ndim or values.shape[-1] != x.shape[-2] or not values.isfinite().all():
             raise InputError(
                 f"{name}= must hold one finite value per datum ({x.shape[-2]}), got {tuple(values.shape)}."
             )
@@ -178,6 +182,7 @@ def check_weights(weights: Tensor, data: Data) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != (len(data),):
         came = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InputError(f"weights must be a torch.Tensor of shape ({len(data)},), one per datum; got {came}.")
+    check_tensor("weights", weights)
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise InputError(f"weights must be finite and ≥ 0; the smallest is {weights.min().item():g}.")
     return weights.to(data.x.device, torch.float64)
@@ -194,6 +199,7 @@ def check_training_data(
         InputError: as `check_data`, or if a column of x is constant: a kernel learns nothing from it.
     """
     check_inputs(x)
+    x, y = x.detach(), y.detach() if isinstance(y, Tensor) else y  # a fit learns what the model has, not the data
     data = check_data(likelihood, x, y, num_outputs, training_params(likelihood, x.shape[-2]))
     check_alike(data, ranks)
     n = ranks.count(len(data))

@@ -16,6 +16,7 @@ from gpytorch.means import Mean
 from torch import Tensor, nn
 
 from dualgp.basis import InducingBasis
+from dualgp.checks import check_number
 from dualgp.duals import num_outputs_of
 from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_count
 from dualgp.gp import exact_storage
@@ -163,8 +164,8 @@ class ExactGP(nn.Module):
             SolverError: if a solve does not reach its tolerance: with residual, iterations and what to do.
         """
         check_count("max_steps", max_steps, 1)
-        if not (tol > 0 and lr > 0):
-            raise InputError(f"tol and lr must be positive, got {tol} and {lr}.")
+        check_number("tol", tol, above=0)
+        check_number("lr", lr, above=0)
         if isinstance(X, Tensor) and X.ndim != 2:
             raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs)
@@ -235,6 +236,8 @@ class ExactGP(nn.Module):
             num_inducing: how many of the pivots; all if None.
         """
         fitted = self._ready()
+        if num_inducing is not None:
+            check_count("num_inducing", num_inducing, 1)
         rows = torch.tensor(fitted.process.pivots[:num_inducing], device=fitted.data.x.device)
         hyper = fitted.hyper
         basis = InducingBasis(hyper.kernel, fitted.data.x[rows], hyper.mean, num_outputs=self.num_outputs)

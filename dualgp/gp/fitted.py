@@ -134,9 +134,10 @@ class FittedGP(nn.Module):
         Raises:
             InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
         """
-        if not len(y):
+        scores = self.log_predictive(x, y, **params)
+        if not scores.numel():
             raise InputError("There are no data to score: y has no rows.")
-        return float(-self.log_predictive(x, y, **params).mean())
+        return float(-scores.mean())
 
     def elbo(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
         """Return Σᵢ E_q[log p(yᵢ|fᵢ)] − KL(q ‖ p) on given data, in nats."""

@@ -15,6 +15,7 @@ from gpytorch.means import Mean
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dualgp.checks import check_number
 from dualgp.distributed import Ranks
 from dualgp.duals import num_outputs_of
 from dualgp.errors import InputError
@@ -235,8 +236,7 @@ class DualGP(FittedGP):
             (60, 1.0)
         """
         check_mode()
-        if not tol > 0:
-            raise InputError(f"tol must be positive, got {tol}.")
+        check_number("tol", tol, above=0)
         data = self._check(X, y, **params)
         if weights is not None:
             data = dataclasses.replace(data, weights=check_weights(weights, data))

@@ -12,6 +12,7 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
+from dualgp.checks import check_number
 from dualgp.errors import InputError
 from dualgp.gp import update
 from dualgp.gp.data import Data
@@ -285,8 +286,7 @@ def forget(model: FittedGP, ids: Tensor) -> None:
 
 def fade(model: FittedGP, factor: float) -> None:
     """Scale all sites: the likelihood of everything seen so far to the power `factor`."""
-    if not 0 <= factor <= 1:
-        raise InputError(f"factor must lie in [0, 1], got {factor}: 1 keeps all, 0 forgets all.")
+    check_number("factor", factor, least=0, most=1, why=": 1 keeps all, 0 forgets all")
     state = _state(model)
     memory, noise = state.memory, state.noise
     if memory is not None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError, NumericalWarning
 from dualgp.influence.formulas import Order, Shift, removal_shift
 from dualgp.posterior import Posterior
@@ -87,13 +88,18 @@ def check_sites(x: Tensor, sites: Sites) -> None:
     Raises:
         InputError: saying what came.
     """
+    check_tensor("x", x)
+    if not isinstance(sites, Sites):
+        raise InputError(f"sites must be dualgp.Sites, got {type(sites).__name__}; see sites_at.")
+    if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
+        raise InputError("sites must be finite, but hold NaN or infinity.")
     if sites.lam.ndim != 1 + sites.multi_output:
         raise InputError(
             "Influence is of one process at a time: expected sites of shape [N] or, with outputs, [N, C], got "
             f"{tuple(sites.lam.shape)}."
         )
-    if len(sites) != len(x) or not len(x):
-        raise InputError(f"Every datum needs its site: got {len(x)} inputs and {len(sites)} sites.")
+    if not x.ndim or len(sites) != len(x) or not len(x):
+        raise InputError(f"Every datum needs its site: got {len(x) if x.ndim else 0} inputs and {len(sites)} sites.")
 
 
 def by_output(values: Tensor, sites: Sites) -> Tensor:
@@ -107,6 +113,7 @@ def limit_of(q: object, max_hat: float | None) -> float:
     The precision of a `Posterior` contains its sites, so that hat < 1 and removal is exact however close to 1 it is.
     """
     if max_hat is not None:
+        check_number("max_hat", max_hat)
         return max_hat
     q = bare(q)
     return 1.0 - torch.finfo(q.basis.dtype).eps ** 0.5 if isinstance(q, Posterior) else 0.99

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualgp.basis import Basis
+from dualgp.checks import check_tensor
 from dualgp.duals import check_targets, expected_log_prob, num_outputs_of
-from dualgp.errors import InputError, NotPositiveDefiniteError
+from dualgp.errors import InputError, NotPositiveDefiniteError, check_count
 from dualgp.influence.blocks import (
     FunctionPosterior,
     HasPosterior,
@@ -237,7 +238,8 @@ def mislabelled(left_out: LeftOut, count: int | None = None) -> Ranking:
     """
     m = len(left_out.index)
     count = m if count is None else count
-    if not 1 <= count <= m:
+    check_count("count", count, 1)
+    if count > m:
         raise InputError(f"count must be between 1 and {m}, got {count}.")
     order = (-left_out.log_predictive).argsort(descending=True, stable=True)[:count]
     return Ranking(left_out.index[order], -left_out.log_predictive[order])
@@ -297,6 +299,7 @@ def _targets(
     likelihood: Likelihood, y: Tensor, sites: Sites, params: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Targets and parameters per datum, checked; [n, 1] of a network with one output, for which [n] will do."""
+    check_tensor("y", y)
     n, outputs, fixed = len(sites), tuple(sites.lam.shape[1:]), num_outputs_of(likelihood)
     if fixed is not None and outputs != (fixed,):
         raise InputError(f"{type(likelihood).__name__} has {fixed} outputs, but the sites have shape [N, *{outputs}].")

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualgp.basis import Basis
-from dualgp.errors import InputError
+from dualgp.checks import check_number, check_tensor
+from dualgp.errors import InputError, check_count
 from dualgp.influence.blocks import (
     FunctionPosterior,
     HasPosterior,
@@ -167,6 +168,10 @@ def perturb(q: Posterior[AnyBasis], x: Tensor, sites: Sites, eps: Tensor | float
         (tensor([0.3333]), tensor([0.5000]))
     """
     check_sites(x, sites)
+    if isinstance(eps, Tensor):
+        check_tensor("eps", eps)
+    else:
+        check_number("eps", eps)
     eps = torch.as_tensor(eps, dtype=sites.lam.dtype, device=sites.lam.device)
     if eps.shape not in ((), (len(sites),)):
         raise InputError(f"eps must be a number or have shape [{len(sites)}], got {tuple(eps.shape)}.")
@@ -190,8 +195,18 @@ def sum_by(values: Float[Tensor, "n *c"], labels: Int[Tensor, "n"], num_labels: 
         >>> sum_by(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 0]))
         tensor([5., 2.])
     """
+    for name, value in (("values", values), ("labels", labels)):
+        check_tensor(name, value)
+    if labels.ndim != 1 or not values.ndim:
+        raise InputError(
+            f"labels must have shape [n] and values [n, ...], got {tuple(labels.shape)} and {tuple(values.shape)}."
+        )
     if len(labels) != len(values) or not len(labels):
         raise InputError(f"Expected one label per value, got {len(labels)} and {len(values)}.")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(f"labels must be whole numbers, got {labels.dtype}; use labels.long().")
+    if num_labels is not None:
+        check_count("num_labels", num_labels, 1)
     count = int(labels.max()) + 1 if num_labels is None else num_labels
     if labels.min() < 0 or labels.max() >= count:
         raise InputError(f"Labels must lie in 0 … {count - 1}, got {int(labels.min())} … {int(labels.max())}.")

@@ -9,6 +9,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.duals import check_targets, num_outputs_of
 from dualgp.errors import InputError
 from dualgp.influence.blocks import as_matrices, bare, check_sites
@@ -60,8 +61,12 @@ def validation_influence(
     check_sites(x, sites)
     likelihood = q.likelihood if likelihood is None else likelihood
     posterior = bare(q)
-    if len(x_val) != len(y_val) or not len(x_val):
-        raise InputError(f"Expected validation targets for each input, got {len(y_val)} for {len(x_val)}.")
+    for name, value in (("x_val", x_val), ("y_val", y_val)):
+        check_tensor(name, value)
+    if not (x_val.ndim and y_val.ndim) or len(x_val) != len(y_val) or not len(x_val):
+        raise InputError(
+            f"Expected validation targets for each input, got {tuple(y_val.shape)} for {tuple(x_val.shape)}."
+        )
     check_targets(likelihood, y_val)
     d_mean, d_var = _gradients(posterior, likelihood, x_val, y_val, params)  # [v, C]
     C = d_mean.shape[-1]

@@ -9,6 +9,7 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError
 from dualgp.kernels.choice import Choice, choose_backend
 from dualgp.kernels.forms import as_form, form_diagonal
@@ -50,6 +51,7 @@ class LazyKernel:
 
     def __init__(self, kernel: Kernel, x: Tensor, z: Tensor | None = None, *, backend: str = "auto") -> None:
         for name, t in (("x", x), ("z", x if z is None else z)):
+            check_tensor(name, t)
             if t.ndim != 2 or t.dtype not in (torch.float32, torch.float64):
                 raise InputError(f"{name} must be float32 or float64 [n, D], got {t.dtype} {tuple(t.shape)}.")
         if z is not None and (z.shape[-1] != x.shape[-1] or z.dtype != x.dtype or z.device != x.device):

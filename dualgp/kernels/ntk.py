@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.kernels.layers import FactoredLayer, Layer, joined, total
 from dualgp.kernels.networks import (
@@ -177,7 +178,8 @@ class NetworkJacobian:
         self.dtype, self.device, self.budget = first.dtype, first.device, int(budget)
         if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 2:
             raise InputError("example must be a tensor of two rows of inputs or more, [n, *input_shape].")
-        self.input_shape = example.shape[1:]
+        check_tensor("example", example)
+        self.input_shape, self._takes_floats = example.shape[1:], example.is_floating_point()
         rows = self._rows(example[:_NUM_CHECKED])
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             order, activations = self._forward(rows)
@@ -303,9 +305,14 @@ class NetworkJacobian:
         return 2 * sum(map(_bytes, parts)) // len(x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != self.input_shape or x.ndim == 0:
+        if not isinstance(x, Tensor) or x.shape[1:] != self.input_shape or x.ndim == 0:
+            check_tensor("x", x)
             sizes = ", ".join(["n", *map(str, self.input_shape)])
             raise InputError(f"Expected x of shape [{sizes}], got {tuple(x.shape)}.")
+        check_tensor("x", x)
+        if self._takes_floats != x.is_floating_point():
+            kind = "floating point" if self._takes_floats else "whole numbers"
+            raise InputError(f"Expected x of {kind}, as in the example that the network was read with, got {x.dtype}.")
         x = x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype)
         if not x.is_inference():
             return x

@@ -12,6 +12,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dualgp.checks import check_number
 from dualgp.duals import check_likelihood
 from dualgp.errors import InputError, check_count
 from dualgp.fingerprints import Held
@@ -151,8 +152,9 @@ def from_weight_decay(
     """
     if reduction not in ("mean", "sum"):
         raise InputError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    if not (0 < value < float("inf") and num_data >= 1 and 0 < loss_scale < float("inf")):
-        raise InputError(f"Expected positive numbers, got {value}, num_data={num_data}, loss_scale={loss_scale}.")
+    check_number("value", value, above=0)
+    check_number("num_data", num_data, above=0)
+    check_number("loss_scale", loss_scale, above=0)
     return value * (num_data if reduction == "mean" else 1) / loss_scale
 
 

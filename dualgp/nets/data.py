@@ -9,6 +9,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.duals import check_param_names, check_targets, num_outputs_of, recordable, training_params
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
@@ -133,6 +134,8 @@ def check_batch(likelihood: Likelihood, batch: Batch, num_outputs: int, device: 
     if x.is_floating_point() and not x.isfinite().all():
         row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise InputError(f"Inputs must be finite; the first row with NaN or infinity is {row}.")
+    if y.dtype == torch.bool or not y.is_complex():
+        check_tensor("Targets", y)
     single = isinstance(likelihood, SoftmaxLikelihood) or num_outputs == 1
     if single and y.shape == (n, 1):
         y, params = y.squeeze(-1), {name: value.reshape(n) for name, value in params.items()}
@@ -162,8 +165,8 @@ def check_data(basis: JacobianBasis, likelihood: Likelihood, batch: Batch) -> Ba
     basis.check_inputs(x)
     if not isinstance(y, Tensor):
         raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
-    if len(x) != len(y):
-        raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {len(y)}.")
+    if not y.ndim or len(x) != len(y):
+        raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {tuple(y.shape)}.")
     return check_batch(likelihood, batch, basis.num_outputs, basis.device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dualgp.checks import check_generator
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
 from dualgp.nets.data import Source
@@ -22,6 +23,7 @@ def sample_inputs(source: Source, count: int, dtype: torch.dtype, generator: tor
         dtype: of the network.
         generator: of the seed; a fixed one if None.
     """
+    check_generator(generator)
     seed = 0 if generator is None else int(torch.randint(1 << 20, (1,), generator=generator, device=generator.device))
     kept, keys = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     for x, *_ in source:

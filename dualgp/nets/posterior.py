@@ -172,9 +172,10 @@ class NetworkPosterior:
         Raises:
             InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
         """
-        if not len(x):
+        scores = self.log_predictive(x, y, **options)
+        if not scores.numel():
             raise InputError("There are no data to score: x has no rows.")
-        return float(-self.log_predictive(x, y, **options).mean())
+        return float(-scores.mean())
 
     def sites_at(self, x: Tensor, y: Tensor, **params: Tensor) -> Sites:
         """Return the sites that data have at the network, λ = α + βf(x; θ*); nothing is added."""

@@ -15,8 +15,10 @@ from dataclasses import replace
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
 from jaxtyping import Float
+from linear_operator import to_linear_operator
 from torch import Tensor
 
+from dualgp.checks import check_generator
 from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, check_count
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
@@ -131,7 +133,8 @@ class StructuredPosterior:
         """Return the joint Gaussian of f(x), of T · C values. Errors as in `predict`."""
         mean = self.function_blocks(x)[0]
         cov = symmetrise(self.function_cross(x, x).flatten(2).flatten(0, 1))
-        return MultitaskMultivariateNormal(mean.to(self.basis.dtype), cov.to(self.basis.dtype))
+        # An operator is not factorised before it is asked: equal inputs make it singular.
+        return MultitaskMultivariateNormal(mean.to(self.basis.dtype), to_linear_operator(cov.to(self.basis.dtype)))
 
     def sample(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return joint draws of f(x) = f(x; θ*) + φ(x)w at draws of w, [S, T, C]. Errors as in `predict`."""
@@ -149,6 +152,7 @@ class StructuredPosterior:
             UnsupportedError: as in `predict`.
         """
         check_count("num_samples", num_samples, 1)
+        check_generator(generator)
         lam = self.site.lam
         noise = torch.randn(num_samples, len(lam), dtype=lam.dtype, device=lam.device, generator=generator).mT
         scale = (1.0 + self.eigenbasis.values).rsqrt().unsqueeze(-1)
@@ -281,6 +285,8 @@ class StructuredPosterior:
 
     def check_sites(self, n: int, sites: Sites) -> None:
         """Raise InputError unless the sites are those of n inputs, for this basis."""
+        if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
+            raise InputError("Sites must be finite, but hold NaN or infinity.")
         C = self.basis.num_outputs
         if len(sites) != n or not sites.multi_output or sites.lam.shape[-1] != C:
             raise InputError(

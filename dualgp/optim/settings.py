@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+from dualgp.checks import check_number
 from dualgp.errors import InputError, NumericalWarning
 
 INIT_STD = 0.018  # of weights at the start: σ₀ of 0.003 to 0.03 is what published runs have
@@ -41,12 +42,13 @@ def settings(
     _positive(curvature_horizon=curvature_horizon, total_steps=total_steps)
     if temperature != 1.0 and ess is not None:
         raise InputError("temperature= goes with num_data=; ess is N/T already.")
+    check_number("temperature", temperature, above=0)
     lam = float(num_data) / temperature if ess is None else float(ess)  # type: ignore[arg-type]
     d = _decay(lam, prior_precision, weight_decay, has_prior)
     _one("init_std", init_std, "hess_init", hess_init)
     if hess_init is None:
         std = INIT_STD if init_std is None else init_std
-        hess_init = 1.0 / (lam * std**2) - d
+        hess_init = 1.0 / max(lam * std**2, 1e-300) - d
         if not hess_init > 0:
             raise InputError(
                 f"init_std={std} is no smaller than what the prior allows, {(lam * d) ** -0.5:.3g}: give a smaller "
@@ -59,8 +61,8 @@ def settings(
 def _decay(lam: float, prior_precision: float | int | None, weight_decay: float | int | None, has_prior: bool) -> float:
     _one("prior_precision", prior_precision, "weight_decay", weight_decay)
     for name, value in (("prior_precision", prior_precision), ("weight_decay", weight_decay)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise InputError(f"{name} must be finite and at least 0, got {value}.")
+        if value is not None:
+            check_number(name, value, least=0)
     if has_prior:
         if prior_precision is not None or weight_decay is not None:
             raise InputError("prior= has a precision already: leave prior_precision= and weight_decay= out.")
@@ -100,8 +102,8 @@ def _one(a: str, x: object, b: str, y: object) -> None:
 
 def _positive(**values: float | int | None) -> None:
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{name} must be positive, got {value}.")
+        if value is not None:
+            check_number(name, value, above=0)
 
 
 def first_std(group: dict[str, Any]) -> float:

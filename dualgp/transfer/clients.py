@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dualgp.checks import check_tensor
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.sites import WeightSite, apply_precision
 from dualgp.transfer.functions import FunctionSite
@@ -104,6 +105,10 @@ class ClientTask:
         if (curvature is None) != (self.method == "fedlap"):
             what = "no curvature: its sites are linear" if self.method == "fedlap" else "the curvature of the loss"
             raise InputError(f'A reply of "{self.method}" has {what}; use network_curvature or leave it out.')
+        for name, value in (("mean", mean), ("curvature", mean if curvature is None else curvature)):
+            check_tensor(name, value)
+            if not value.is_floating_point():
+                raise InputError(f"{name} must be floating point, got {value.dtype}.")
         P = self.cavity.layout.size
         B = torch.zeros_like(mean) if curvature is None else curvature
         if mean.shape != (P,) or B.shape not in ((P,), (P, P)):

@@ -22,6 +22,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 
+from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError, NotPositiveDefiniteError
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 from dualgp.transfer.curvature import network_curvature
@@ -58,8 +59,7 @@ def soft_labels(memory: MemorySet, likelihood: Likelihood, temperature: Number =
         tensor(True)
     """
     check_canonical(likelihood)
-    if not temperature > 0:
-        raise InputError(f"The temperature must be positive, got {temperature}.")
+    check_number("The temperature", temperature, above=0)
     target = predicted_mean(likelihood, memory.f / temperature)
     return Term(lambda net: memory.weights @ cross_entropy(likelihood, target, net(memory.x) / temperature))
 
@@ -114,9 +114,17 @@ def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Numbe
         True
     """
     check_targets(likelihood, y)
+    check_tensor("x", x)
+    if isinstance(weights, Tensor):
+        check_tensor("weights", weights)
+    else:
+        check_number("weights", weights)
     w = torch.as_tensor(weights)
-    if len(x) != len(y) or w.numel() not in (1, len(x)):
-        raise InputError(f"Expected as many inputs, targets and weights, got {len(x)}, {len(y)} and {tuple(w.shape)}.")
+    if not (x.ndim and y.ndim) or len(x) != len(y) or w.numel() not in (1, len(x)):
+        raise InputError(
+            f"Expected as many inputs, targets and weights, got {tuple(x.shape)}, {tuple(y.shape)} and "
+            f"{tuple(w.shape)}."
+        )
 
     def of(network: nn.Module) -> Tensor:
         f = network(x)
@@ -229,6 +237,11 @@ class KPrior:
             InputError: if shapes do not fit, or a value is not finite.
             NotPositiveDefiniteError: if S₀ + B is not positive definite.
         """
+        for name, value in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
+            if isinstance(value, Tensor):
+                check_tensor(name, value)
+            else:
+                check_number(name, value)
         layout = WeightLayout.of(network)
         theta = flat_weights(network, layout).detach()
         prior = WeightPosterior(

@@ -28,6 +28,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
+from dualgp.checks import check_number
 from dualgp.errors import BasisMismatchError, DivergenceError, InputError, NotPositiveDefiniteError
 from dualgp.sites import WeightSite, apply_precision
 from dualgp.transfer.clients import ClientTask, Reply, with_functions
@@ -127,6 +128,8 @@ class FederatedServer:
             )
         K = len(names)
         stable = {"fedlap": 1.0 / K, "fedlap-cov": 1.0 if structure == "dense" else 0.5, "bayes-admm": 1.0}
+        for name, value in (("rho", stable[method] if rho is None else rho), ("penalty", penalty)):
+            check_number(name, value)
         step = stable[method] if rho is None else float(rho)
         return cls(prior, dict.fromkeys(names), method, step, float(penalty))
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from dualgp.checks import check_generator, check_tensor
 from dualgp.errors import InputError, check_count
 from dualgp.laplace import laplace_sites
 from dualgp.selection import RULES, Candidates, Rule, check_rule, choose
 from dualgp.threads import ONE_AT_A_TIME
 from dualgp.transfer.terms import check_canonical
+from dualgp.weights import evaluated
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class MemorySet:
     y: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("x", self.x), ("f", self.f), ("weights", self.weights), ("y", self.y)):
+            if name != "y" or value is not None:
+                check_tensor(name, value)
+            if value is not None and not value.ndim:
+                raise InputError(f"{name} must have one row for each datum, got a number.")
         if not len(self.x) == len(self.f) == len(self.weights) or (self.y is not None and len(self.y) != len(self.x)):
             raise InputError(
                 f"Inputs, outputs, weights and targets of as many data were expected, got {len(self.x)}, "
@@ -59,7 +65,7 @@ class MemorySet:
         """
         with ONE_AT_A_TIME, torch.no_grad():  # in the mode it is in
             own = {name: b.clone() for name, b in network.named_buffers()}  # a batch norm that trains moves none
-            f = functional_call(network, own, (x,))
+            f = evaluated(network, own, x)
         return cls(x, f, torch.ones(len(x), dtype=f.dtype, device=f.device) if weights is None else weights, y)
 
     def join(self, other: MemorySet) -> MemorySet:
@@ -111,6 +117,10 @@ def select_memory(
         tensor([1])
     """
     check_count("size", size, 1)
+    check_generator(generator)
+    check_tensor("f", f)
+    if not f.ndim:
+        raise InputError("f must have one row of outputs for each datum, got a number.")
     if var is not None and var.numel() != f.numel():
         raise InputError(f"Expected a variance for each of the outputs {tuple(f.shape)}, got {tuple(var.shape)}.")
     keys = torch.rand(len(f), dtype=torch.float64, generator=generator)

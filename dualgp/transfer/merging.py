@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dualgp.checks import check_number, check_tensor
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.sites import WeightSite, apply_precision
 from dualgp.transfer.kronecker import KroneckerPosterior
@@ -46,7 +47,14 @@ def expanded_site(mean: Float[Tensor, "P"], gradient: Float[Tensor, "P"], curvat
         >>> expanded_site(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0])).lam
         tensor([1.5000])
     """
-    return WeightSite(apply_precision(curvature, mean) - gradient, curvature)
+    site = WeightSite(gradient, curvature)
+    check_tensor("mean", mean)
+    if mean.shape != gradient.shape or mean.dtype == torch.bool or gradient.dtype == torch.bool:
+        raise InputError(
+            f"mean must be numbers of shape {tuple(gradient.shape)}, as the gradient, got {mean.dtype} "
+            f"{tuple(mean.shape)}."
+        )
+    return WeightSite(apply_precision(site.B, mean) - gradient, site.B)
 
 
 def fine_tuned(base: WeightPosterior, mean: Float[Tensor, "P"], curvature: Tensor) -> WeightPosterior:
@@ -71,6 +79,10 @@ def fine_tuned(base: WeightPosterior, mean: Float[Tensor, "P"], curvature: Tenso
         tensor([8.])
     """
     base = base if base.site is None else base.as_prior()
+    check_tensor("mean", mean)
+    check_tensor("curvature", curvature)
+    if mean.dtype == torch.bool:
+        raise InputError("mean must be floating point, got torch.bool.")
     if mean.shape != (base.layout.size,):
         raise BasisMismatchError(f"The base has {base.layout.size} weights, the model {tuple(mean.shape)}.")
     if curvature.shape not in ((len(mean),), (len(mean), len(mean))):
@@ -126,6 +138,7 @@ def forget(merged: Q, posterior: Q, weight: Number = 1.0) -> Q:
         >>> forget(merge([a, b]), b).mean, a.mean
         (tensor([1.5000]), tensor([1.5000]))
     """
+    check_number("weight", weight)
     return merge([merged, posterior], [1.0, -weight])
 
 
@@ -310,6 +323,8 @@ def loss_gradient(
 
 
 def _weights(posteriors: Sequence[object], weights: Sequence[Number] | None) -> list[float]:
+    for w in weights or ():
+        check_number("A weight", w)
     alphas = [1.0] * len(posteriors) if weights is None else [float(w) for w in weights]
     if not posteriors or len(alphas) != len(posteriors) or not all(abs(a) < float("inf") for a in alphas):
         raise InputError(

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
 from dualgp.weights import Number, WeightPosterior
@@ -154,6 +155,9 @@ def gibbs_risk(losses: Float[Tensor, "S n"]) -> Tensor:
         >>> gibbs_risk(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
         tensor(0.7500, dtype=torch.float64)
     """
+    check_tensor("losses", losses)
+    if not bool(losses.isfinite().all()):
+        raise InputError("losses must be finite, but hold NaN or infinity.")
     if not losses.numel():
         raise InputError(f"Expected losses of one draw and one datum at least, got {tuple(losses.shape)}.")
     return losses.double().mean()
@@ -176,6 +180,10 @@ def bma_risk(log_prob: Float[Tensor, "S n C"], y: Tensor) -> Tensor:
         >>> bma_risk(p.log(), torch.tensor([0]))
         tensor(0., dtype=torch.float64)
     """
+    for name, value in (("log_prob", log_prob), ("y", y)):
+        check_tensor(name, value)
+    if not y.ndim or not log_prob.numel():
+        raise InputError(f"Expected log_prob [S, n, C] and y [n], got {tuple(log_prob.shape)} and {tuple(y.shape)}.")
     if log_prob.ndim != 3 or len(y) != log_prob.shape[1] or bool(log_prob.isnan().any()):
         raise InputError(f"Expected log-probabilities [S, {len(y)}, C], none NaN, got {tuple(log_prob.shape)}.")
     mean = log_prob.double().logsumexp(0)
@@ -339,6 +347,13 @@ def _rows(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _checked(risk: Value, kl: Value, n: int, delta: float) -> tuple[Tensor, Tensor]:
+    check_number("n", n, least=1)
+    check_number("delta", delta, above=0)
+    for name, value in (("risk", risk), ("kl", kl)):
+        if isinstance(value, Tensor):
+            check_tensor(name, value)
+        elif not isinstance(value, float | int):
+            raise InputError(f"{name} must be a number or a tensor, got {type(value).__name__}.")
     r, K = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (risk, kl)))
     if not (bool(((r >= 0) & (r <= 1)).all()) and bool((K >= 0).all()) and n >= 1 and 0 < delta < 1):
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from dualgp.checks import check_number
 from dualgp.errors import InputError
 from dualgp.weights import Number, WeightPosterior
 
@@ -35,8 +36,7 @@ def temper(q: WeightPosterior, temperature: Number, mode: TemperingMode = "likel
         >>> [(round(p.mean.item(), 2), p.precision.item()) for p in (q, temper(q, 0.25), temper(q, 0.25, "cold"))]
         [(0.5, 2.0), (0.8, 5.0), (0.5, 8.0)]
     """
-    if not (temperature > 0 and temperature < float("inf")):
-        raise InputError(f"The temperature must be positive and finite, got {temperature}.")
+    check_number("The temperature", temperature, above=0)
     if mode == "likelihood":
         return q.temper(temperature)
     if mode == "cold":

@@ -13,6 +13,7 @@ import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
 from dualgp.sites import apply_precision
@@ -167,6 +168,7 @@ def check_targets(likelihood: Likelihood, y: Tensor) -> None:
         UnsupportedError: if the likelihood has no canonical link.
     """
     check_canonical(likelihood)
+    check_tensor("y", y)
     kind = type(likelihood)
     fits = y.isfinite() if y.is_floating_point() else torch.ones_like(y, dtype=torch.bool)
     if kind is not GaussianLikelihood:

@@ -171,9 +171,9 @@ def test_a_progress_bar_is_shown_when_asked_for(capsys):
 
 
 def test_what_is_no_tensor_is_said_to_be_none():
-    with unchecked(), pytest.raises(InputError, match="Inputs must be a tensor, got list"):
+    with unchecked(), pytest.raises(InputError, match="Inputs must be a torch.Tensor, got list"):
         Q.predict(TEST.tolist())
-    with unchecked(), pytest.raises(InputError, match="Inputs must be a tensor, got ndarray"):
+    with unchecked(), pytest.raises(InputError, match="Inputs must be a torch.Tensor, got ndarray"):
         Q.condition(X_NEW.numpy(), Y_NEW)
     with unchecked(), pytest.raises(InputError, match="Targets must be a tensor, got list"):
         Q.condition(X_NEW, Y_NEW.tolist())
