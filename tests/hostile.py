@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - a call a line
 """Public calls with arguments that are right, ways to spoil an argument, and the law that holds whatever comes in."""
 
 import copy
