@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -169,6 +169,7 @@ class ExactGP(nn.Module):
         if isinstance(X, Tensor) and X.ndim != 2:
             raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs)
+        data = replace(data, x=data.x.clone(), y=data.y.clone())  # kept: the caller may change its own
         shape = len(data) + min(self.effort.rank, len(data)), self.effort.num_probes
         noise = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(X.device)
         hyper = Hyper(

@@ -318,6 +318,7 @@ class DualGP(FittedGP):
         """
         data = self._check(X, y, **params)
         self.posterior.basis.check_inputs(X)
+        data = dataclasses.replace(data, x=data.x.clone(), y=data.y.clone())  # kept: the caller may change its own
         return condition(self.posterior, self.likelihood, data, self.memory if recall else None)
 
     def save(self, path: str | PathLike[str]) -> None:

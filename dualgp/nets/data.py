@@ -130,6 +130,7 @@ def check_batch(likelihood: Likelihood, batch: Batch, num_outputs: int, device: 
         InputError: for a wrong shape or dtype, or values outside the likelihood's support.
     """
     x, y, params = batch
+    check_tensor("Inputs", x)
     n = len(x)
     if x.is_floating_point() and not x.isfinite().all():
         row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])

@@ -102,7 +102,8 @@ def _one(a: str, x: object, b: str, y: object) -> None:
 
 def _positive(**values: float | int | None) -> None:
     for name, value in values.items():
-        if value is not None:
+        unlimited = isinstance(value, float) and value == math.inf  # as a radius of clipping may be
+        if value is not None and not unlimited:
             check_number(name, value, above=0)
 
 

@@ -66,7 +66,12 @@ class MemorySet:
         with ONE_AT_A_TIME, torch.no_grad():  # in the mode it is in
             own = {name: b.clone() for name, b in network.named_buffers()}  # a batch norm that trains moves none
             f = evaluated(network, own, x)
-        return cls(x, f, torch.ones(len(x), dtype=f.dtype, device=f.device) if weights is None else weights, y)
+        if weights is None:
+            weights = torch.ones(len(x), dtype=f.dtype, device=f.device)
+        check_tensor("weights", weights)
+        if y is not None:
+            check_tensor("y", y)
+        return cls(x.clone(), f, weights.clone(), None if y is None else y.clone())  # the caller may change its own
 
     def join(self, other: MemorySet) -> MemorySet:
         """Return both together; targets are kept if both have them.

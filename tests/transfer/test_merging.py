@@ -292,8 +292,8 @@ def posterior(**changes: object) -> WeightPosterior:
     ("models", "weights", "error", "message"),
     [
         ([], None, errors.InputError, "one model or more"),
-        ([posterior()], [1.0, 2.0], errors.InputError, "a finite weight for each"),
-        ([posterior()], [float("nan")], errors.InputError, "finite weight"),
+        ([posterior()], [1.0, 2.0], errors.InputError, "a finite (weight|number) for each"),
+        ([posterior()], [float("nan")], errors.InputError, "finite (weight|number)"),
         ([posterior(), posterior(prior_mean=1.0)], None, errors.BasisMismatchError, "under one prior"),
         ([posterior(), posterior(prior_precision=2.0)], None, errors.BasisMismatchError, "under one prior"),
         ([posterior(), posterior().to(dtype=torch.float32)], None, errors.InputError, "of one dtype"),
