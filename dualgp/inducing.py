@@ -53,8 +53,8 @@ def greedy_variance(
     if x.ndim != 2 or not x.shape[-1] or not bool(x.isfinite().all()):
         raise InputError(f"x must be finite, of shape [n, D], got {tuple(x.shape)}.")
     n = x.shape[-2]
-    if not 1 <= num_inducing <= n:
-        raise InputError(f"num_inducing must be between 1 and the {n} inputs given, got {num_inducing}.")
+    if num_inducing > n:
+        raise InputError(f"num_inducing must be at most the {n} inputs given, got {num_inducing}.")
     return greedy_rows(frozen_copy(kernel), x, num_inducing, given, tol)
 
 

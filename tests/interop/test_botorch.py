@@ -426,7 +426,7 @@ def test_what_is_no_model_of_ours(other):
 
 
 def test_inputs_that_are_not_finite():
-    with pytest.raises(errors.InputError, match="X must be finite"):
+    with pytest.raises(errors.InputError, match="Inputs must be finite"):
         both()[0].posterior(T * torch.nan)
 
 
