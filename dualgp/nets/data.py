@@ -103,6 +103,8 @@ def _batch(item: Any) -> Batch:
             f"Each batch must be (x, y), or (x, y, noise), of tensors, got {came}. A network of several inputs needs a "
             "module whose forward takes one tensor apart."
         )
+    for name, part in zip(("Inputs", "Targets", "noise="), item, strict=False):
+        check_tensor(name, part)
     x, y = item[0], item[1]
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y):
         raise InputError(
