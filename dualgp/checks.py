@@ -51,7 +51,23 @@ def check_number(
         raise InputError(f"{name} must {wanted}, got {came}{why}.")
 
 
+def check_value(name: str, value: object) -> None:
+    """Raise InputError unless this is a tensor as in `check_tensor`, or a number as in `check_number`."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+    else:
+        check_number(name, value)
+
+
 def check_generator(generator: object) -> None:
     """Raise InputError unless this is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise InputError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
+
+
+def recordable(values: Tensor) -> Tensor:
+    """Return what autograd can save: a tensor made in `torch.inference_mode()` it cannot."""
+    if not values.is_inference():
+        return values
+    with torch.inference_mode(False):
+        return values.clone()

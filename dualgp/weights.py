@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dualgp.checks import check_generator, check_number, check_tensor
+from dualgp.checks import check_generator, check_number, check_tensor, check_value
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
@@ -134,12 +134,10 @@ class WeightPosterior:
         *,
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
+        _owned: bool = False,
     ) -> None:
-        for name, value in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
-            if isinstance(value, Tensor):
-                check_tensor(name, value)
-            else:
-                check_number(name, value)
+        check_value("prior_mean", prior_mean)
+        check_value("prior_precision", prior_precision)
         like = site.lam if site is not None else _first_tensor(prior_mean, prior_precision)
         P = layout.size
         prior_mean = torch.as_tensor(prior_mean, dtype=like.dtype, device=like.device)
@@ -152,7 +150,8 @@ class WeightPosterior:
         if site is not None and len(site.lam) != P:
             raise BasisMismatchError(f"The layout has {P} weights, the site {len(site.lam)}.")
         self.layout, self.site = layout, site
-        prior_mean, prior_precision = prior_mean.clone(), prior_precision.clone()  # the caller may change its own
+        if not _owned:  # the caller may change its own
+            prior_mean, prior_precision = prior_mean.clone(), prior_precision.clone()
         self.prior_mean = prior_mean.expand(P)
         self.prior_precision = prior_precision.expand(P) if prior_precision.ndim < 2 else prior_precision
         parts = [self.prior_mean, self.prior_precision, *(() if site is None else (site.lam, site.B))]
@@ -259,11 +258,12 @@ class WeightPosterior:
 
     def with_site(self, site: WeightSite | None) -> WeightPosterior:
         """Return the posterior of another site under the same prior."""
-        return WeightPosterior(self.layout, site, prior_mean=self.prior_mean, prior_precision=self.prior_precision)
+        mean, precision = self.prior_mean, self.prior_precision
+        return WeightPosterior(self.layout, site, prior_mean=mean, prior_precision=precision, _owned=True)
 
     def as_prior(self) -> WeightPosterior:
         """Return this Gaussian as a prior that has seen nothing: yesterday's posterior is today's prior."""
-        return WeightPosterior(self.layout, prior_mean=self.mean, prior_precision=self.precision)
+        return WeightPosterior(self.layout, prior_mean=self.mean, prior_precision=self.precision, _owned=True)
 
     def kl(self, other: WeightPosterior | None = None) -> Float[Tensor, ""]:
         """Return KL(q ‖ other) in nats, in float64; of the prior if no other is given.
@@ -274,7 +274,7 @@ class WeightPosterior:
             BasisMismatchError: if the other is over other weights.
         """
         if other is None:
-            other = WeightPosterior(self.layout, prior_mean=self.prior_mean, prior_precision=self.prior_precision)
+            other = self.with_site(None)
         check_layouts([self, other])
         S0, gap = other.precision.double(), self.mean.double() - other.mean.double()
         if self._chol is None and S0.ndim == 1:

@@ -237,9 +237,9 @@ class KroneckerPosterior:
 
     def to_dense(self) -> WeightPosterior:
         """Return the same Gaussian with its precision written out, [P, P] in float64."""
-        prior = {"prior_mean": self.prior_mean.double(), "prior_precision": self.prior_precision.double()}
+        mean, precision = self.prior_mean.double(), self.prior_precision.double()
         site = None if self.site is None else WeightSite(self.site.lam.double(), self.site.B.to_dense())
-        return WeightPosterior(self.layout, site, **prior)
+        return WeightPosterior(self.layout, site, prior_mean=mean, prior_precision=precision)
 
     def load_mean_into(self, network: nn.Module) -> None:
         """Copy the mean into the network's parameters, in place. Errors as in `WeightPosterior.load_mean_into`."""
