@@ -37,7 +37,7 @@ from gpytorch.likelihoods.likelihood import _Likelihood, _OneDimensionalLikeliho
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from dualgp.checks import check_tensor
+from dualgp.checks import check_tensor, recordable
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.likelihoods import LogitBernoulliLikelihood, LogPoissonLikelihood
 from dualgp.quadrature import MANY_NODES, NUM_NODES, expectation, expected_logsumexp
@@ -101,14 +101,9 @@ def _duals(
         params = {name: recordable(values) for name, values in params.items()}
         if not create_graph:
             mean, var = mean.requires_grad_(), var.requires_grad_()
-        elp = expected_log_prob(likelihood, y, mean, var, **params)
+        elp = _expected_log_prob(likelihood, y, mean, var, params)
         d_mean, d_var = torch.autograd.grad(elp.sum(), (mean, var), create_graph=create_graph)
     return DualParameters(elp if create_graph else elp.detach(), d_mean, -2.0 * d_var)
-
-
-def recordable(values: Tensor) -> Tensor:
-    """Return what autograd can save: a tensor made in `torch.inference_mode()` it cannot."""
-    return values.clone() if values.is_inference() else values
 
 
 def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, **params: Tensor) -> Tensor:
@@ -123,7 +118,12 @@ def expected_log_prob(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tens
     """
     check_marginals(mean, var)
     check_shape_of_targets(likelihood, y, mean)
-    mean, var = mean.double(), var.double()
+    return _expected_log_prob(likelihood, y, mean.double(), var.double(), params)
+
+
+def _expected_log_prob(
+    likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, params: dict[str, Tensor]
+) -> Tensor:
     noise = gaussian_noise(likelihood, **params)
     if noise is not None:
         return _gaussian(y.double(), mean, var, noise.double())

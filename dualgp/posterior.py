@@ -14,7 +14,7 @@ from dualgp.basis import Basis, Features, InducingBasis, SiteSum
 from dualgp.checks import check_generator, check_number
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
-from dualgp.sites import Site, Sites
+from dualgp.sites import Site, Sites, check_sites_are_finite
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -282,10 +282,7 @@ class Posterior(Generic[BasisT]):
 
     def check_sites(self, n: int, sites: Sites) -> None:
         """Raise InputError unless the sites are those of n inputs, for this basis."""
-        if not isinstance(sites, Sites):
-            raise InputError(f"sites must be dualgp.Sites, got {type(sites).__name__}.")
-        if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
-            raise InputError("Sites must be finite, but hold NaN or infinity.")
+        check_sites_are_finite(sites)
         C = self.basis.num_outputs
         fits = sites.multi_output == (C is not None) and (C is None or sites.lam.shape[-1] == C)
         if len(sites) != n or not fits:

@@ -174,6 +174,14 @@ class Sites:
             )
 
 
+def check_sites_are_finite(sites: object) -> None:
+    """Raise InputError unless these are `Sites`, and finite."""
+    if not isinstance(sites, Sites):
+        raise InputError(f"sites must be dualgp.Sites, got {type(sites).__name__}; see sites_at.")
+    if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
+        raise InputError("sites must be finite, but hold NaN or infinity.")
+
+
 def _each(root: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
     return None if root is None else change(root)
 

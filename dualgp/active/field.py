@@ -40,11 +40,9 @@ def check_candidates(x: Tensor, what: str = "Candidates") -> None:
     Raises:
         InputError: saying what came.
     """
-    if not isinstance(x, Tensor):
-        raise InputError(f"{what} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor.")
+    check_tensor(what, x)
     if x.ndim < 2 or not len(x):
         raise InputError(f"{what} must have at least one row, [n, D] or [n, *input_shape], got {tuple(x.shape)}.")
-    check_tensor(what, x)
     bad = ~x.isfinite().flatten(1).all(1) if x.is_floating_point() else torch.zeros(len(x), dtype=torch.bool)
     if bad.any():
         raise InputError(

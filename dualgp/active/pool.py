@@ -330,10 +330,9 @@ def _as_rows(ids: Any) -> Tensor:
         rows = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"Rows of the pool must be whole numbers, got {ids!r}.") from e
-    if rows.is_meta or rows.layout != torch.strided:
-        check_tensor("Rows of the pool", rows)
-    if len(rows.reshape(-1)) and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
+    if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
         raise InputError(f"Rows of the pool must be whole numbers, got {rows.dtype}.")
+    check_tensor("Rows of the pool", rows)
     return rows.long().cpu()
 
 

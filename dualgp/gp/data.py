@@ -9,16 +9,9 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.checks import check_tensor
+from dualgp.checks import check_tensor, recordable
 from dualgp.distributed import ALONE, Ranks
-from dualgp.duals import (
-    check_param_names,
-    check_targets,
-    check_variances,
-    gaussian_noise,
-    recordable,
-    training_params,
-)
+from dualgp.duals import check_param_names, check_targets, check_variances, gaussian_noise, training_params
 from dualgp.errors import InputError
 from dualgp.sites import Sites
 
@@ -154,9 +147,6 @@ def check_data(
         raise InputError(f"y must have shape {want} to go with X {tuple(x.shape)}, got {tuple(y.shape)}.{hint}")
     if y.is_complex() or y.dtype == torch.bool:
         raise InputError(f"y must hold real numbers or integer labels, got {y.dtype}; use y.to(X.dtype).")
-    check_tensor("y", y)
-    if not y.isfinite().all():
-        raise InputError(f"y must be finite; {int((~y.isfinite()).sum())} values are NaN or infinite.")
     if y.numel():
         check_targets(likelihood, y)
     params = params or {}

@@ -14,7 +14,7 @@ from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError, NumericalWarning
 from dualgp.influence.formulas import Order, Shift, removal_shift
 from dualgp.posterior import Posterior
-from dualgp.sites import Sites
+from dualgp.sites import Sites, check_sites_are_finite
 
 _NUMBERS = 1 << 22  # in the C × C blocks that are held at once
 
@@ -89,10 +89,7 @@ def check_sites(x: Tensor, sites: Sites) -> None:
         InputError: saying what came.
     """
     check_tensor("x", x)
-    if not isinstance(sites, Sites):
-        raise InputError(f"sites must be dualgp.Sites, got {type(sites).__name__}; see sites_at.")
-    if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
-        raise InputError("sites must be finite, but hold NaN or infinity.")
+    check_sites_are_finite(sites)
     if sites.lam.ndim != 1 + sites.multi_output:
         raise InputError(
             "Influence is of one process at a time: expected sites of shape [N] or, with outputs, [N, C], got "

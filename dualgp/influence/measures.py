@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualgp.basis import Basis
-from dualgp.checks import check_number, check_tensor
+from dualgp.checks import check_tensor, check_value
 from dualgp.errors import InputError, check_count
 from dualgp.influence.blocks import (
     FunctionPosterior,
@@ -168,10 +168,7 @@ def perturb(q: Posterior[AnyBasis], x: Tensor, sites: Sites, eps: Tensor | float
         (tensor([0.3333]), tensor([0.5000]))
     """
     check_sites(x, sites)
-    if isinstance(eps, Tensor):
-        check_tensor("eps", eps)
-    else:
-        check_number("eps", eps)
+    check_value("eps", eps)
     eps = torch.as_tensor(eps, dtype=sites.lam.dtype, device=sites.lam.device)
     if eps.shape not in ((), (len(sites),)):
         raise InputError(f"eps must be a number or have shape [{len(sites)}], got {tuple(eps.shape)}.")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dualgp.checks import check_tensor
+from dualgp.checks import check_tensor, recordable
 from dualgp.errors import InputError, UnsupportedError
 from dualgp.kernels.layers import FactoredLayer, Layer, joined, total
 from dualgp.kernels.networks import (
@@ -305,19 +305,14 @@ class NetworkJacobian:
         return 2 * sum(map(_bytes, parts)) // len(x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.shape[1:] != self.input_shape or x.ndim == 0:
-            check_tensor("x", x)
+        check_tensor("x", x)
+        if x.shape[1:] != self.input_shape or x.ndim == 0:
             sizes = ", ".join(["n", *map(str, self.input_shape)])
             raise InputError(f"Expected x of shape [{sizes}], got {tuple(x.shape)}.")
-        check_tensor("x", x)
         if self._takes_floats != x.is_floating_point():
             kind = "floating point" if self._takes_floats else "whole numbers"
             raise InputError(f"Expected x of {kind}, as in the example that the network was read with, got {x.dtype}.")
-        x = x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype)
-        if not x.is_inference():
-            return x
-        with torch.inference_mode(False):
-            return x.clone()  # which a graph can hold
+        return recordable(x.detach().to(self.device, self.dtype if x.is_floating_point() else x.dtype))
 
     def _chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         x, step = self._rows(x), self.budget // self.row_bytes

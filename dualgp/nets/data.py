@@ -9,8 +9,8 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor
 
-from dualgp.checks import check_tensor
-from dualgp.duals import check_param_names, check_targets, num_outputs_of, recordable, training_params
+from dualgp.checks import check_tensor, recordable
+from dualgp.duals import check_param_names, check_targets, num_outputs_of, training_params
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
 from dualgp.jacobian import JacobianBasis
@@ -132,13 +132,10 @@ def check_batch(likelihood: Likelihood, batch: Batch, num_outputs: int, device: 
         InputError: for a wrong shape or dtype, or values outside the likelihood's support.
     """
     x, y, params = batch
-    check_tensor("Inputs", x)
     n = len(x)
     if x.is_floating_point() and not x.isfinite().all():
         row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise InputError(f"Inputs must be finite; the first row with NaN or infinity is {row}.")
-    if y.dtype == torch.bool or not y.is_complex():
-        check_tensor("Targets", y)
     single = isinstance(likelihood, SoftmaxLikelihood) or num_outputs == 1
     if single and y.shape == (n, 1):
         y, params = y.squeeze(-1), {name: value.reshape(n) for name, value in params.items()}
@@ -168,6 +165,8 @@ def check_data(basis: JacobianBasis, likelihood: Likelihood, batch: Batch) -> Ba
     basis.check_inputs(x)
     if not isinstance(y, Tensor):
         raise InputError(f"Targets must be a tensor, got {type(y).__name__}: use torch.as_tensor.")
+    if not y.is_complex():  # which `check_batch` refuses
+        check_tensor("Targets", y)
     if not y.ndim or len(x) != len(y):
         raise InputError(f"Inputs and targets must have one row each per datum, got {len(x)} and {tuple(y.shape)}.")
     return check_batch(likelihood, batch, basis.num_outputs, basis.device)

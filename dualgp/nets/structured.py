@@ -27,7 +27,7 @@ from dualgp.nets.eigenbasis import Eigenbasis, linear
 from dualgp.nets.factors import Kronecker
 from dualgp.nets.layerwise import Structure, StructuredSite, StructuredSum
 from dualgp.nets.spectrum import StructuredSpectrum
-from dualgp.sites import Sites
+from dualgp.sites import Sites, check_sites_are_finite
 
 _BLOCK_BYTES, _MIN_ROWS = 16 << 20, 64  # of a block of rows: more is not faster
 
@@ -285,8 +285,7 @@ class StructuredPosterior:
 
     def check_sites(self, n: int, sites: Sites) -> None:
         """Raise InputError unless the sites are those of n inputs, for this basis."""
-        if not bool(sites.lam.isfinite().all() and sites.beta.isfinite().all()):
-            raise InputError("Sites must be finite, but hold NaN or infinity.")
+        check_sites_are_finite(sites)
         C = self.basis.num_outputs
         if len(sites) != n or not sites.multi_output or sites.lam.shape[-1] != C:
             raise InputError(

@@ -22,7 +22,7 @@ import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 
-from dualgp.checks import check_number, check_tensor
+from dualgp.checks import check_number, check_tensor, check_value
 from dualgp.errors import InputError, NotPositiveDefiniteError
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 from dualgp.transfer.curvature import network_curvature
@@ -115,10 +115,7 @@ def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Numbe
     """
     check_soft_targets(likelihood, y)
     check_tensor("x", x)
-    if isinstance(weights, Tensor):
-        check_tensor("weights", weights)
-    else:
-        check_number("weights", weights)
+    check_value("weights", weights)
     w = torch.as_tensor(weights)
     if not (x.ndim and y.ndim) or len(x) != len(y) or w.numel() not in (1, len(x)):
         raise InputError(
@@ -237,11 +234,8 @@ class KPrior:
             InputError: if shapes do not fit, or a value is not finite.
             NotPositiveDefiniteError: if S₀ + B is not positive definite.
         """
-        for name, value in (("prior_mean", prior_mean), ("prior_precision", prior_precision)):
-            if isinstance(value, Tensor):
-                check_tensor(name, value)
-            else:
-                check_number(name, value)
+        check_value("prior_mean", prior_mean)
+        check_value("prior_precision", prior_precision)
         layout = WeightLayout.of(network)
         theta = flat_weights(network, layout).detach()
         prior = WeightPosterior(

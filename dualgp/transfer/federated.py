@@ -128,10 +128,10 @@ class FederatedServer:
             )
         K = len(names)
         stable = {"fedlap": 1.0 / K, "fedlap-cov": 1.0 if structure == "dense" else 0.5, "bayes-admm": 1.0}
-        for name, value in (("rho", stable[method] if rho is None else rho), ("penalty", penalty)):
-            check_number(name, value)
-        step = stable[method] if rho is None else float(rho)
-        return cls(prior, dict.fromkeys(names), method, step, float(penalty))
+        step = stable[method] if rho is None else rho
+        check_number("rho", step)
+        check_number("penalty", penalty)
+        return cls(prior, dict.fromkeys(names), method, float(step), float(penalty))
 
     @property
     def posterior(self) -> WeightPosterior:

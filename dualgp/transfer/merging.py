@@ -326,7 +326,7 @@ def _weights(posteriors: Sequence[object], weights: Sequence[Number] | None) -> 
     for w in weights or ():
         check_number("A weight", w)
     alphas = [1.0] * len(posteriors) if weights is None else [float(w) for w in weights]
-    if not posteriors or len(alphas) != len(posteriors) or not all(abs(a) < float("inf") for a in alphas):
+    if not posteriors or len(alphas) != len(posteriors):
         raise InputError(
             f"Expected one model or more, and a finite weight for each; got {len(posteriors)} models and weights "
             f"{alphas}."

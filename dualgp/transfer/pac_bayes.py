@@ -347,8 +347,8 @@ def _rows(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _checked(risk: Value, kl: Value, n: int, delta: float) -> tuple[Tensor, Tensor]:
-    check_number("n", n, least=1)
-    check_number("delta", delta, above=0)
+    check_number("n", n)
+    check_number("delta", delta)
     for name, value in (("risk", risk), ("kl", kl)):
         if isinstance(value, Tensor):
             check_tensor(name, value)

@@ -226,7 +226,7 @@ def test_what_is_no_bound_is_refused(cancer):
     with pytest.raises(errors.InputError, match="seeger bound has no parameter"):
         pb.certify(prior, free, X, y, torch.zeros(2, 400), parameter=1.0)
     for bad in ((1.1, 1.0, 10, 0.05), (0.5, -1.0, 10, 0.05), (0.5, 1.0, 0, 0.05), (0.5, 1.0, 10, 1.0)):
-        with pytest.raises(errors.InputError, match="(n|delta|risk|kl) must be|risk in"):
+        with pytest.raises(errors.InputError, match="risk in"):
             pb.seeger(*bad[:3], delta=bad[3])
     with pytest.raises(errors.InputError, match="beta must be positive"):
         pb.catoni(0.1, 1.0, 10, beta=0.0)
