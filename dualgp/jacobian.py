@@ -16,7 +16,7 @@ from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
 from dualgp.linalg import row_chunks
 from dualgp.sites import Site
-from dualgp.spans import Span, coupled_span, independent_span
+from dualgp.spans import Span, coupled_span, independent_span, least_tol
 
 Precision: TypeAlias = float | int | Tensor
 Outputs: TypeAlias = Literal["coupled", "independent"]
@@ -62,7 +62,7 @@ class JacobianBasis(Basis):
         self.coupled = coupled
         self.num_outputs = jacobian.num_outputs
         self.batch_shape = torch.Size([] if coupled else [self.num_outputs])
-        self.has_residual = span.W is not None or span.Phi is not None
+        self.has_residual = span.matrix is not None
         self.zero_mean = zero_mean
         self._theta: tuple[Tensor, Tensor] | None = None
         if zero_mean and self.has_residual:  # √τθ*, and what w sees of it
@@ -92,7 +92,7 @@ class JacobianBasis(Basis):
         prior_precision: Precision,
         *,
         outputs: Outputs = "coupled",
-        rank_tol: float = 1e-7,
+        rank_tol: float = 1e-11,
     ) -> JacobianBasis:
         """Return the basis of what the network's outputs at Z see of the weights: K_zz = κ(Z, Z) = VΛVᵀ.
 
@@ -108,7 +108,8 @@ class JacobianBasis(Basis):
             prior_precision: as in `of_weights`.
             outputs: "coupled", or "independent" to ignore the prior covariance between outputs (C M × M matrices in
                 place of one that is CM × CM): the sites must then be independent too.
-            rank_tol: relative; at least ten roundings of the network's dtype.
+            rank_tol: relative, at least 1.5e-12 for a network in float32. Where directions of such a network are kept
+                below 1.2e-6, products of its Jacobians are taken in float64.
 
         Raises:
             InputError: if Z has the wrong shape or holds nothing, or if a prior precision is not positive.
@@ -120,7 +121,7 @@ class JacobianBasis(Basis):
         relative = _relative(jacobian, prior_precision)
         if not _check_inputs(jacobian, Z):
             raise InputError("Z must hold at least one input.")
-        tol = max(rank_tol, 10 * torch.finfo(jacobian.dtype).eps)
+        tol = max(rank_tol, least_tol(jacobian.dtype))
         span = (coupled_span if outputs == "coupled" else independent_span)(relative, Z.detach().clone(), tol)
         return cls(jacobian, prior_precision, span, coupled=outputs == "coupled")
 
@@ -132,8 +133,7 @@ class JacobianBasis(Basis):
     @property
     def size(self) -> int:
         """The number of coordinates: P, or the rank r."""
-        matrix = self._span.W if self._span.Phi is None else self._span.Phi
-        return self.jacobian.num_params if matrix is None else matrix.shape[-1]
+        return self.jacobian.num_params if self._span.matrix is None else self._span.matrix.shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,13 +158,13 @@ class JacobianBasis(Basis):
         """Return φ(x), prior (co)variances and f(x; θ*) for all of x at once."""
         if not len(x):
             return self._no_features()
-        return self._features(self._span.jacobian.block(x))
+        return self._features(self._span.block(x))
 
     @torch.no_grad()
     def blocks(self, x: Tensor) -> Iterator[tuple[slice, Features]]:
         """Yield (data, features) of blocks of x of bounded memory."""
         for outer in row_chunks(len(x), self._row_width(), self.dtype, self.device):
-            for rows, block in self._span.jacobian.blocks(x[outer]):
+            for rows, block in self._span.blocks(x[outer]):
                 yield slice(outer.start + rows.start, outer.start + rows.stop), self._features(block)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class JacobianBasis(Basis):
             return phi.new_zeros(())
         if not len(x):
             return phi @ phi.mT
-        rows = self._span.jacobian.block(x)
+        rows = self._span.block(x)
         K = rows.gram(rows).flatten(2).flatten(0, 1) if self.coupled else rows.gram_independent(rows)
         return self._sd**2 * K.double() - phi @ phi.mT
 
@@ -230,7 +230,7 @@ class JacobianBasis(Basis):
         if self.has_residual and self.zero_mean != new.zero_mean:
             raise BasisMismatchError("The two bases differ in zero_mean, and so in prior mean; project the data anew.")
         more = new.size - self.size
-        if more > 0 and self._span.origin is new._span.origin and torch.equal(self._tau, new._tau):
+        if more >= 0 and self._span.origin is new._span.origin and torch.equal(self._tau, new._tau):
             return Site(pad(site.lam, (0, more)), pad(site.B, (0, more, 0, more)))
         if more:
             raise BasisMismatchError("The site is on other inputs; project the data anew.")
@@ -268,8 +268,8 @@ class JacobianBasis(Basis):
             raise InputError(f"W of shape {tuple(W.shape)} does not fit its inputs.")
         if (Phi is not None and (Phi.ndim != 2 or len(Phi) != P)) or (W is not None and Phi is not None):
             raise InputError("Phi does not fit the network.")
-        at_Z = None if W is None or Z is None else relative.kept(Z)
-        return cls(jacobian, prior_precision, Span(relative, tol, Z, at_Z, W, Phi), coupled=coupled)
+        span = Span(relative, tol, Z, None, W, Phi)
+        return cls(jacobian, prior_precision, span.held() if W is not None else span, coupled=coupled)
 
     @property
     def whitened_theta(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,7 +19,9 @@ class Span:
     """The directions of weight space that w spans, whatever the scale of the prior.
 
     φ = J Φ for orthonormal Φ [P, r], or φ = κ(x, Z) W with W = VΛ^{-1/2} ([MC, r], or [C, M, r] output by output; L⁻ᵀ
-    where no direction is cut), or φ = J where both are None.
+    where no direction is cut), or φ = J where both are None. W or Φ is in float64 where it has directions that products
+    of J in the network's dtype would not tell from rounding; products are then in float64 too, and the error of φ is
+    that of J.
     """
 
     jacobian: NetworkJacobian
@@ -28,6 +31,23 @@ class Span:
     W: Tensor | None = None
     Phi: Tensor | None = None
     origin: object = field(default_factory=object)  # shared by the spans that were grown from one
+
+    def block(self, x: Tensor) -> JacobianBlock:
+        """J of all rows of x, as products with it are taken."""
+        return self._as_taken(self.jacobian.block(x))
+
+    def blocks(self, x: Tensor) -> Iterator[tuple[slice, JacobianBlock]]:
+        """The same by rows, as many at a time as the budget holds."""
+        for rows, block in self.jacobian.blocks(x):
+            yield rows, self._as_taken(block)
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """W, or Φ, or None for all weights."""
+        return self.W if self.Phi is None else self.Phi
+
+    def _as_taken(self, rows: JacobianBlock) -> JacobianBlock:
+        return rows if self.matrix is None or self.matrix.dtype == rows.f.dtype else rows.double()
 
     def phi(self, rows: JacobianBlock) -> Tensor:
         """φ of rows, [n, C, r], or [C, n, r] output by output."""
@@ -63,7 +83,7 @@ class Span:
 
         Of the residual kernel r(x, z) = κ(x, z) − φφᵀ, in the same way: W' = [[W, −W φ(x)ᵀW_r], [0, W_r]].
         """
-        new = self.jacobian.block(x)
+        new = self.block(x)
         Z = x if self.Z is None else torch.cat([self.Z, x.to(self.Z)])
         phi = self.phi(new).double()
         if self.Phi is not None:
@@ -79,46 +99,76 @@ class Span:
         W, beside = self.W.double(), self._root(K - phi @ phi.mT, K.diagonal(dim1=-2, dim2=-1).max())
         top = torch.cat([W, -W @ phi.mT @ beside], -1)
         below = torch.cat([W.new_zeros(*beside.shape[:-1], W.shape[-1]), beside], -1)
-        return replace(self, Z=Z, at_Z=self.jacobian.kept(Z), W=torch.cat([top, below], -2).to(self.W.dtype))
+        return replace(self, Z=Z, W=torch.cat([top, below], -2).to(self.W.dtype)).held()
+
+    def held(self) -> Span:
+        """Return the span with J at Z, which W acts on."""
+        assert self.Z is not None
+        return replace(self, at_Z=self._as_taken(self.jacobian.kept(self.Z)))
 
     def _root(self, residual: Tensor, largest: Tensor) -> Tensor:
         """VΛ^{-1/2} of the eigenvalues of a residual that are no rounding of the kernel it is left of."""
-        values, vectors = eigenpairs_above(residual, self.rank_tol, largest)
+        assert self.matrix is not None
+        values, vectors = eigenpairs_above(residual, max(self.rank_tol, ten_roundings(self.matrix.dtype)), largest)
         return vectors * values.rsqrt().unsqueeze(-2)
+
+
+def ten_roundings(dtype: torch.dtype) -> float:
+    """The least eigenvalue, relative to the largest, that products in this dtype tell from their rounding."""
+    return 10 * torch.finfo(dtype).eps
+
+
+def least_tol(dtype: torch.dtype) -> float:
+    """The same of products in float64 of Jacobians in this dtype, whose singular values are good to ten roundings."""
+    return max(ten_roundings(torch.float64), ten_roundings(dtype) ** 2)
 
 
 def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
     P = jacobian.num_params
     if len(Z) * jacobian.num_outputs < P:
-        at_Z = jacobian.kept(Z)
-        return Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram(at_Z).flatten(2).flatten(0, 1), tol))
+        return _function_span(jacobian, Z, tol, lambda at_Z: at_Z.gram(at_Z).flatten(2).flatten(0, 1))
     total = GramSum(torch.Size(), P, jacobian.device)
     for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
         for _, rows in jacobian.blocks(Z[outer]):
             J = rows.dense().flatten(0, 1).double()
             total.add(J, torch.ones_like(J[:, 0]))
-    _, Phi = eigenpairs_above(_checked(total.total()), tol)
-    return Span(jacobian, tol, Z, Phi=None if Phi.shape[-1] == P else Phi.to(jacobian.dtype))
+    values, Phi = eigenpairs_above(_checked(total.total()), tol)
+    if Phi.shape[-1] == P:
+        return Span(jacobian, tol, Z)
+    told = bool(values.min() > ten_roundings(jacobian.dtype) * values.max())
+    return Span(jacobian, tol, Z, Phi=Phi.to(jacobian.dtype) if told else Phi)
 
 
 def independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
-    at_Z = jacobian.kept(Z)
-    return Span(jacobian, tol, Z, at_Z, W=_inverse_root(at_Z.gram_independent(at_Z), tol))
+    return _function_span(jacobian, Z, tol, lambda at_Z: at_Z.gram_independent(at_Z))
 
 
-def _inverse_root(K: Tensor, tol: float) -> Tensor:
-    """W = VΛ^{-1/2} of K = VΛVᵀ above the tolerance, found in float64; L⁻ᵀ of K = LLᵀ where all of it is above."""
-    exact = symmetrise(_checked(K.double()))
-    L, info = torch.linalg.cholesky_ex(exact)
-    pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), exact.diagonal(dim1=-2, dim2=-1)
-    if not info.any() and bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # else one eigenvalue is below
-        values = torch.linalg.eigvalsh(exact)
-        if bool((values[..., 0] > tol * values[..., -1]).all()):
-            return tri_inverse(L).mT.to(K.dtype)
-    values, vectors = eigenpairs_above(exact, tol)
-    return (vectors * values.rsqrt().unsqueeze(-2)).to(K.dtype)
+def _function_span(jacobian: NetworkJacobian, Z: Tensor, tol: float, gram: Callable[[JacobianBlock], Tensor]) -> Span:
+    """By products in the network's dtype if they tell all directions that are above the tolerance, else in float64."""
+    at_Z, dtype = jacobian.kept(Z), jacobian.dtype
+    K, coarse = _checked(gram(at_Z)).double(), max(tol, ten_roundings(dtype))
+    W = _cholesky_root(K, coarse)
+    if W is None and coarse > tol:
+        at_Z, dtype = at_Z.double(), torch.float64
+        K = gram(at_Z)
+        W = _cholesky_root(K, tol)
+    if W is None:
+        values, vectors = eigenpairs_above(K, tol)
+        W = vectors * values.rsqrt().unsqueeze(-2)
+    return Span(jacobian, tol, Z, at_Z, W=W.to(dtype))
+
+
+def _cholesky_root(K: Tensor, tol: float) -> Tensor | None:
+    """L⁻ᵀ of K = LLᵀ [*b, n, n] in float64, or None if an eigenvalue is not above the tolerance."""
+    K = symmetrise(K)
+    L, info = torch.linalg.cholesky_ex(K)
+    pivots, diagonal = L.diagonal(dim1=-2, dim2=-1).square(), K.diagonal(dim1=-2, dim2=-1)
+    if info.any() or not bool((pivots.amin(-1) > tol * diagonal.amax(-1)).all()):  # then one eigenvalue is below
+        return None
+    values = torch.linalg.eigvalsh(K)
+    return tri_inverse(L).mT if bool((values[..., 0] > tol * values[..., -1]).all()) else None
 
 
 def _checked(K: Tensor) -> Tensor:

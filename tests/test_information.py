@@ -69,6 +69,8 @@ def test_a_class_whose_latents_are_wide():
     p = torch.special.ndtr(at(-500.0) / 2e6**0.5)
     assert gap(found.of_mean[0], torch.special.entr(p) + torch.special.entr(1 - p)) < 1e-4
     assert found.mean_of[0] < 0.05
+    wider = softmax_entropies(1e4 * mean[:1], 1e8 * var[:1])  # by the rule itself a line of 10⁸ points
+    assert gap(wider.of_mean, found.of_mean[:1]) < 1e-6
     alone = softmax_entropies(mean[1:], var[1:])
     assert gap(found.of_mean[1:], alone.of_mean) < 1e-7
     assert gap(found.mean_of[1:], alone.mean_of) < 1e-7

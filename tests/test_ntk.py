@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import F64, gap
 
 from dualgp.errors import InputError
-from dualgp.kernels import NetworkJacobian, layers
+from dualgp.kernels import NetworkJacobian, contractions, layers
 from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, LookupLayer
 from dualgp.kernels.taps import rows_by_func, rows_by_loop
 
@@ -65,10 +65,24 @@ def test_a_convolution_of_few_weights_is_kept_without_its_patches():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tiles_make_no_difference(name, monkeypatch):
-    monkeypatch.setattr(layers, "_SCRATCH_BYTES", 1000)  # one or two rows a tile, and outputs one by one
+    for room in (contractions, layers):
+        monkeypatch.setattr(room, "SCRATCH_BYTES", 1000)  # one or two rows a tile, and outputs one by one
     net, x = make(name)
     jacobian = NetworkJacobian(net, x)
     agrees_with(jacobian, x, reference(net, x, jacobian.names))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_numbers_in_float64(name):
+    net, x = make(name)
+    block = NetworkJacobian(net.float(), x.float() if x.is_floating_point() else x).block(x)
+    double = block.double()
+    J = double.dense()
+    assert gap(J, block.dense().double()) < 1e-5 * J.abs().max()
+    assert torch.equal(double.f, block.f.double())
+    assert gap(double.gram(double), torch.einsum("ncp,mdp->ncmd", J, J)) < 1e-12 * (1 + J.square().sum(-1).max())
+    mine, theirs = ([t.untyped_storage().nbytes() for layer in b.layers for t in layer.parts] for b in (block, double))
+    assert sum(theirs) <= 2 * sum(mine)  # rows that are one row stay one
 
 
 @pytest.mark.parametrize("name", ["tanh", "cnn", "transformer", "tied linears", "loose parameters"])

@@ -8,7 +8,14 @@ import torch
 from toys import F64, at, gap
 
 from dualgp import quadrature
-from dualgp.quadrature import expectation, expected_logsumexp, expected_softmax, gauss_hermite, hermite_points
+from dualgp.quadrature import (
+    expectation,
+    expected_logsumexp,
+    expected_softmax,
+    gauss_hermite,
+    gauss_legendre,
+    hermite_points,
+)
 
 MEAN, VAR = at(-1.0, 0.0, 0.7, 3.0), at(0.3, 2.0, 1.0, 0.1)
 
@@ -46,6 +53,9 @@ def test_no_variance_gives_the_value_and_a_finite_gradient():
 def test_nodes_follow_dtype_and_shape():
     x, w = gauss_hermite(5, torch.zeros(1, dtype=torch.float32))
     assert x.dtype == w.dtype == torch.float32
+    x, w = gauss_legendre(5, torch.zeros(1, dtype=torch.float32))
+    assert x.dtype == w.dtype == torch.float32
+    assert gap((w * x.pow(9)).sum(), 0.1) < 1e-6  # ∫₀¹ x⁹ dx
     points, weights = hermite_points(MEAN.reshape(2, 2), VAR.reshape(2, 2), 7)
     assert points.shape == (7, 2, 2)
     assert gap((weights.reshape(7, 1, 1) * points).sum(0), MEAN.reshape(2, 2)) < 1e-13
@@ -118,6 +128,12 @@ def test_softmax_of_huge_variance_stays_a_probability():
     f = mean + var.sqrt() * torch.randn(100_000, 4, 3, dtype=F64)
     assert gap(probs.sum(-1), torch.ones(4)) < 1e-12
     assert gap(probs, f.softmax(-1).mean(0)) < 0.03
+
+
+def test_softmax_far_from_all_data_takes_no_longer_and_is_the_argmax():
+    """By the rule itself a line of 10⁸ points; with two classes the argmax is the sign of a Gaussian."""
+    found = expected_softmax(at(0.0, 1e7).unsqueeze(0), at(1e14, 1e14).unsqueeze(0))
+    assert gap(found[0, 1], torch.special.ndtr(at(0.5**0.5))) < 0.03
 
 
 @pytest.mark.parametrize("top", [50.0, 99.0, 101.0, 1e3, 1e4, 1e5])

@@ -10,18 +10,26 @@ Source: Novak, Sohl-Dickstein, Schoenholz 2022 (fast finite-width neural tangent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import reduce
-from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CACHE_BYTES = 4 << 20  # a tile of products of pairs: it is read again at once
-_SCRATCH_BYTES = 32 << 20  # a tile of explicit Jacobians: large enough to feed a matrix product
+from dualgp.kernels.contractions import (
+    SCRATCH_BYTES,
+    add_gram_explicit,
+    add_gram_pairs,
+    add_independent_explicit,
+    add_independent_pairs,
+    explicit_tiles,
+    is_one_row,
+    quad_pairs,
+    tiles,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +48,7 @@ class FactoredLayer:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """What it keeps of each row, in floating point."""
-        return (self.a, self.g[:1] if _shared(self.g) else self.g)
+        return (self.a, self.g[:1] if is_one_row(self.g) else self.g)
 
     @property
     def size(self) -> int:
@@ -75,13 +83,13 @@ class FactoredLayer:
 
     def add_gram(self, out: Float[Tensor, "n C m C"], other: FactoredLayer | ExplicitLayer) -> None:
         """Add J J'ᵀ to `out`."""
-        way = _add_gram_explicit if self._explicit(other, self.g.shape[1] ** 2) else _add_gram_pairs
+        way = add_gram_explicit if self._explicit(other, self.g.shape[1] ** 2) else add_gram_pairs
         way(out, self, other)  # type: ignore[arg-type]
 
     def add_gram_independent(self, out: Float[Tensor, "C n m"], other: FactoredLayer | ExplicitLayer) -> None:
         """Add J_c J'_cᵀ for each output c to `out`."""
         explicit = self._explicit(other, self.g.shape[1])
-        (_add_independent_explicit if explicit else _add_independent_pairs)(out, self, other)  # type: ignore[arg-type]
+        (add_independent_explicit if explicit else add_independent_pairs)(out, self, other)  # type: ignore[arg-type]
 
     def _explicit(self, other: FactoredLayer | ExplicitLayer, outputs: int) -> bool:
         if isinstance(other, ExplicitLayer):
@@ -104,10 +112,10 @@ class FactoredLayer:
     def matmul(self, u: Float[Tensor, "p r"]) -> Float[Tensor, "n C r"]:
         """Return J u."""
         if self._explicit_columns(u.shape[-1]):
-            return torch.cat([part.dense() @ u for _, part in _explicit_tiles(self)])
+            return torch.cat([part.dense() @ u for _, part in explicit_tiles(self)])
         (_, S, _), (_, C, _, n_out), r = self.a.shape, self.g.shape, u.shape[-1]
         matrix, parts = self._as_matrix(u).flatten(1), []  # [I, O r]
-        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, _SCRATCH_BYTES):
+        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, SCRATCH_BYTES):
             mapped = (self.a[rows] @ matrix).view(-1, S * n_out, r)
             parts.append(self.g[rows].flatten(2) @ mapped)  # Σ_s g_s (U a_s)
         return torch.cat(parts)
@@ -116,9 +124,9 @@ class FactoredLayer:
         """Return Σᵢ Jᵢᵀ vᵢ."""
         (_, S, n_in), (_, C, _, n_out), r = self.a.shape, self.g.shape, v.shape[-1]
         if self._explicit_columns(r):
-            return total(part.dense().flatten(0, 1).mT @ v[rows].flatten(0, 1) for rows, part in _explicit_tiles(self))
+            return total(part.dense().flatten(0, 1).mT @ v[rows].flatten(0, 1) for rows, part in explicit_tiles(self))
         out = self.a.new_zeros(n_in, n_out * r)
-        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, _SCRATCH_BYTES):
+        for rows in tiles(len(self.a), S * n_out * (r + C), self.a, SCRATCH_BYTES):
             pulled = self.g[rows].flatten(2).mT @ v[rows]  # [n, S O, r]
             out += self.a[rows].flatten(0, 1).mT @ pulled.view(-1, n_out * r)
         out = out.view(n_in, n_out, r)
@@ -139,8 +147,8 @@ class FactoredLayer:
             return (g * weights.unsqueeze(1)) @ g.mT  # Σ_o (Σ_i d_oi a_i²) g_o g_oᵀ
         if d is None and S * S * (n_in + C * n_out) + C * C * S * n_out < C * n_out * n_in * (S + C):
             rows = tiles(len(self.a), S * (S + C * n_out), self.a)
-            return torch.cat([_quad_pairs(self.g[t], self.a[t] @ self.a[t].mT, self.g[t]) for t in rows])
-        jacs = (part.dense() for _, part in _explicit_tiles(self))
+            return torch.cat([quad_pairs(self.g[t], self.a[t] @ self.a[t].mT, self.g[t]) for t in rows])
+        jacs = (part.dense() for _, part in explicit_tiles(self))
         return torch.cat([(jac if d is None else jac * d) @ jac.mT for jac in jacs])
 
 
@@ -181,12 +189,12 @@ class LookupLayer:
     def add_gram(self, out: Float[Tensor, "n C m C"], other: LookupLayer) -> None:
         """Add J J'ᵀ to `out`."""
         x, z = self._compressed(other)
-        (_add_gram_explicit if x._explicit(z) else _add_gram_pairs)(out, x, z)
+        (add_gram_explicit if x._explicit(z) else add_gram_pairs)(out, x, z)
 
     def add_gram_independent(self, out: Float[Tensor, "C n m"], other: LookupLayer) -> None:
         """Add J_c J'_cᵀ for each output c to `out`."""
         x, z = self._compressed(other)
-        (_add_independent_explicit if x._explicit(z) else _add_independent_pairs)(out, x, z)
+        (add_independent_explicit if x._explicit(z) else add_independent_pairs)(out, x, z)
 
     def _compressed(self, other: LookupLayer) -> tuple[LookupLayer, LookupLayer]:
         """Number anew the tokens that occur: the others have no part in the product."""
@@ -222,7 +230,7 @@ class LookupLayer:
         """Return J diag(d) Jᵀ for each row, with d = 1 unless given."""
         same = (self.tokens.unsqueeze(-1) == self.tokens.unsqueeze(-2)).to(self.g.dtype)
         weighted = self.g if d is None else self.g * d.view(self.vocabulary, -1)[self.tokens].unsqueeze(1)
-        return _quad_pairs(self.g, same, weighted)
+        return quad_pairs(self.g, same, weighted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,11 +265,11 @@ class ExplicitLayer:
 
     def add_gram(self, out: Float[Tensor, "n C m C"], other: ExplicitLayer) -> None:
         """Add J J'ᵀ to `out`."""
-        _add_gram_explicit(out, self, other)
+        add_gram_explicit(out, self, other)
 
     def add_gram_independent(self, out: Float[Tensor, "C n m"], other: ExplicitLayer) -> None:
         """Add J_c J'_cᵀ for each output c to `out`."""
-        _add_independent_explicit(out, self, other)
+        add_independent_explicit(out, self, other)
 
     def dense(self) -> Float[Tensor, "n C p"]:
         """Return J."""
@@ -290,97 +298,19 @@ def joined(parts: Sequence[Layer]) -> Layer:
         return replace(first, jac=torch.cat([part.jac for part in parts]))  # type: ignore[union-attr]
     g = [part.g for part in parts]  # type: ignore[union-attr]
     n = sum(map(len, g))
-    shared = all(map(_shared, g)) and all(torch.equal(one[0], g[0][0]) for one in g)
+    shared = all(map(is_one_row, g)) and all(torch.equal(one[0], g[0][0]) for one in g)
     g_all = g[0][:1].expand(n, *g[0].shape[1:]) if shared else torch.cat(g)
     if isinstance(first, LookupLayer):
         return replace(first, tokens=torch.cat([part.tokens for part in parts]), g=g_all)  # type: ignore[union-attr]
     return replace(first, a=torch.cat([part.a for part in parts]), g=g_all)  # type: ignore[union-attr]
 
 
-def tiles(n: int, width: int, like: Tensor, size: int = _CACHE_BYTES) -> Iterator[slice]:
-    """Yield slices that cut n rows of `width` numbers into tiles of about `size` bytes (more on a GPU)."""
-    size = _tile_bytes(like.device, size)
-    step = max(1, size // max(1, width * like.element_size()))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
-
-
-def _tile_bytes(device: torch.device, size: int) -> int:
-    """On a GPU an eighth of what is free: an explicit Jacobian that no tile holds is made again for each of its own."""
-    if device.type != "cuda":
-        return size
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(8 * _SCRATCH_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
-
-
-def _explicit_tiles(layer: Layer) -> Iterator[tuple[slice, Layer]]:
-    g = layer.jac if isinstance(layer, ExplicitLayer) else layer.g
-    for rows in tiles(len(g), g.shape[1] * layer.size, g, _SCRATCH_BYTES):
-        yield rows, layer[rows]
-
-
-def _add_gram_explicit(out: Tensor, x: Layer, z: Layer) -> None:
-    for columns, right in _explicit_tiles(z):
-        jac = right.dense().flatten(0, 1).mT
-        for rows, left in _explicit_tiles(x):
-            block = out[rows, :, columns]
-            block += (left.dense().flatten(0, 1) @ jac).view(block.shape)
-
-
-def _add_independent_explicit(out: Tensor, x: Layer, z: Layer) -> None:
-    C, _, m = out.shape
-    if C > 1 and m * C * z.size * out.element_size() > _tile_bytes(out.device, _SCRATCH_BYTES):
-        for c in range(C):  # a tile holds C times as many rows of one output: each is made as many times less often
-            _add_independent_explicit(out[c : c + 1], x.output(c), z.output(c))
-        return
-    for columns, right in _explicit_tiles(z):
-        jac = right.dense().permute(1, 2, 0)  # [C, p, m]
-        for rows, left in _explicit_tiles(x):
-            out[:, rows, columns] += left.dense().transpose(0, 1) @ jac
-
-
-def _add_gram_pairs(out: Tensor, x: FactoredLayer | LookupLayer, z: FactoredLayer | LookupLayer) -> None:
-    """Out += Σ_{s,t} (a_s·a'_t)(g_s·g'_t)."""
-    C, m = x.g.shape[1], len(z.g)
-    for rows in tiles(len(x.g), C * m * C, x.g):
-        left, block = x[rows], out[rows].view(-1, C, m * C)
-        for s, t in product(range(x.g.shape[2]), range(z.g.shape[2])):
-            A = left.inner(z, s, t)  # [n, m]
-            if _shared(left.g) and _shared(z.g):  # the last layer: one [C, C] block of g for every pair of rows
-                _add_shared(out[rows], A, left.g[0, :, s] @ z.g[0, :, t].mT)
-                continue
-            G = left.g[:, :, s].flatten(0, 1) @ z.g[:, :, t].flatten(0, 1).mT  # [nC, mC]
-            block.addcmul_(A.repeat_interleave(C, 1).unsqueeze(1), G.view(block.shape))
-
-
-def _add_shared(out: Tensor, A: Tensor, G: Tensor) -> None:
-    if torch.equal(G, G.diagonal().diag()):
-        out.diagonal(dim1=1, dim2=3).add_(A.unsqueeze(-1) * G.diagonal())
-    else:
-        out.add_(A[:, None, :, None] * G[:, None, :])
-
-
-def _add_independent_pairs(out: Tensor, x: FactoredLayer | LookupLayer, z: FactoredLayer | LookupLayer) -> None:
-    C, m = x.g.shape[1], len(z.g)
-    for rows in tiles(len(x.g), C * m, x.g):
-        left = x[rows]
-        for s, t in product(range(x.g.shape[2]), range(z.g.shape[2])):
-            A = left.inner(z, s, t)
-            if _shared(left.g) and _shared(z.g):
-                G = (left.g[0, :, s] * z.g[0, :, t]).sum(-1)[:, None, None]  # [C, 1, 1]
-            else:
-                G = left.g[:, :, s].transpose(0, 1) @ z.g[:, :, t].permute(1, 2, 0)  # [C, n, m]
-            out[:, rows].addcmul_(A, G)
-
-
-def _shared(g: Tensor) -> bool:
-    """Whether all rows are one row, as autograd leaves the derivative of the outputs by themselves."""
-    return g.stride(0) == 0
-
-
-def _quad_pairs(g: Tensor, A: Tensor, h: Tensor) -> Tensor:
-    """Return Σ_{s,t} A_st g_s h_tᵀ [n, C, C]."""
-    return g.flatten(2) @ (A.unsqueeze(1) @ h).flatten(2).mT
+def doubled(layer: Layer) -> Layer:
+    """Return a layer in float64; rows that are one row stay one."""
+    held = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    floats = {name: t for name, t in held.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    wide = {name: t[:1].double().expand(t.shape) if is_one_row(t) else t.double() for name, t in floats.items()}
+    return replace(layer, **wide)  # type: ignore[arg-type]
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dualgp.checks import check_tensor, recordable
 from dualgp.errors import InputError, UnsupportedError
-from dualgp.kernels.layers import FactoredLayer, Layer, joined, total
+from dualgp.kernels.layers import FactoredLayer, Layer, doubled, joined, total
 from dualgp.kernels.networks import (
     Selection,
     as_outputs,
@@ -57,6 +57,10 @@ class JacobianBlock:
         """Return the same with each layer in the form that takes less memory; factors may be gone."""
         layers = (layer.compact() if isinstance(layer, FactoredLayer) else layer for layer in self.layers)
         return JacobianBlock(self.f, tuple(layers), self.slices)
+
+    def double(self) -> JacobianBlock:
+        """Return the same numbers in float64, for products whose rounding matters."""
+        return JacobianBlock(self.f.double(), tuple(map(doubled, self.layers)), self.slices)
 
     @full_precision()
     def gram(self, other: JacobianBlock) -> Float[Tensor, "n C m C"]:

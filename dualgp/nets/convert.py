@@ -33,8 +33,6 @@ from dualgp.sites import Sites
 
 Kind = Literal["sparse", "full", "dense", "diagonal", "kronecker"]
 _MAX_SIZE = 3000  # coordinates that are factorised without being asked: about ten seconds on one core
-_SPARSE_TOL = 1e-7
-_FULL_TOL = 1e-10  # of the rank at Z = X, where the posterior is exact but for what is cut
 
 
 def network_gp(
@@ -114,13 +112,13 @@ def network_gp(
     prior: JacobianBasis | StructuredPosterior
     if kind in ("sparse", "full"):
         if inducing_inputs is not None:
-            Z, tol = inducing_inputs, _SPARSE_TOL
+            Z = inducing_inputs
         elif kind == "full":
-            Z, tol = torch.cat([batch.x for batch in source]), _FULL_TOL
+            Z = torch.cat([batch.x for batch in source])
         else:
             M = num_inducing or max(50, _MAX_SIZE // jacobian.num_outputs)
-            Z, tol = sample_inputs(source, M, jacobian.dtype, generator), _SPARSE_TOL
-        prior = JacobianBasis.at_inputs(jacobian, Z, prior_precision, outputs=outputs, rank_tol=tol)
+            Z = sample_inputs(source, M, jacobian.dtype, generator)
+        prior = JacobianBasis.at_inputs(jacobian, Z, prior_precision, outputs=outputs)
     else:
         if outputs != "coupled":
             raise InputError("Independent outputs need a structure in function space: 'sparse' or 'full'.")

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualgp.errors import BasisMismatchError
-from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, Layer, LookupLayer, tiles
+from dualgp.kernels.contractions import tiles
+from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, Layer, LookupLayer
 from dualgp.linalg import symmetrise
 from dualgp.sites import Sites
 

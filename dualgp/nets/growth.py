@@ -68,5 +68,7 @@ def with_room(q: NetworkPosterior, x: Tensor, beta: float, limit: int | None) ->
     if not len(rows):
         return q
     grown = basis.grown(x[rows])
+    if grown.size == basis.size:  # what they see besides is rounding
+        return q
     moved = Posterior(grown, centred(grown, basis.carry(data_site(q), grown), q.centre))
     return dataclasses.replace(q, posterior=moved, recentring=q.recentring.padded(grown.size))

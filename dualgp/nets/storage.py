@@ -155,7 +155,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         if name in ("keys", "sizes", "counts"):
             may = {torch.int64}
         elif name in ("span.W", "span.Phi"):
-            may = network
+            may = network | {torch.float64}
         elif name == "span.Z":  # inputs may be tokens
             continue
         if value.dtype not in may:

@@ -1,11 +1,13 @@
 """New data where Z sees too little: Z takes in their inputs, and nothing is lost of the old ones."""
 
+import gpytorch
 import pytest
 import torch
 from netproblems import F64, NET, REGRESSOR, SOFTMAX, TARGETS, TAU, TEST, X_NEW, Y_NEW, X, Y, gap, gaussian
 
 from dualgp import JacobianBasis, Posterior, errors, leave_one_out, leverage, network_gp
 from dualgp.kernels import NetworkJacobian
+from dualgp.nets.growth import news
 from dualgp.nets.links import class_log_probs
 
 OPTIONS = [
@@ -64,6 +66,19 @@ def test_growth_keeps_to_its_limit():
     q = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=3)
     sizes = [len(q.condition(X_NEW, Y_NEW, grow=k).basis.inducing_inputs) for k in (0, 1, 2)]
     assert sizes == [3, 4, 5]
+
+
+def test_new_data_whose_inputs_bring_no_direction_above_the_tolerance_leave_z_as_it_is():
+    likelihood = gaussian()
+    likelihood.noise_covar.register_constraint("raw_noise", gpytorch.constraints.GreaterThan(0.0))
+    likelihood.noise = 1e-12
+    q = network_gp(REGRESSOR, (X, TARGETS), likelihood, prior_precision=TAU, inducing_inputs=X[:3])
+    beside = X[:1] + 1e-6
+    assert len(news(q.basis, beside, 1e12, 1))  # it would pay
+    more = q.condition(beside, TARGETS[:1])
+    assert more.basis is q.basis
+    assert more.num_data == q.num_data + 1
+    assert q.posterior.rebase(q.basis.grown(beside)).basis.size == q.basis.size
 
 
 def test_a_site_does_not_cross_to_inputs_that_were_not_grown():

@@ -9,7 +9,10 @@ import copy
 
 import pytest
 import torch
+from gpytorch.likelihoods import GaussianLikelihood
 from netproblems import NET, SOFTMAX, TAU, TEST, X_NEW, Y_NEW, X, Y, gap
+from torch import nn
+from toys import F64
 
 from dualgp import network_gp
 
@@ -85,3 +88,34 @@ def test_the_same_prior_precision_is_chosen(options, method):
     doubled = [t.double() if t.is_floating_point() else t for t in data]
     chosen = [q.tuned(method, *d).prior_precision for q, d in zip(pair, (data, doubled), strict=True)]
     assert chosen[0] == pytest.approx(chosen[1], rel=0.04)
+
+
+LINE = torch.linspace(-2, 2, 40).unsqueeze(-1)
+GAP = torch.linspace(-0.45, 0.45, 10).unsqueeze(-1)
+
+
+def on_a_line(structure, dtype):
+    """A network of one input: half of the eigenvalues that it keeps are below the rounding of products in float32."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 1)).to(dtype)
+    noise = GaussianLikelihood().to(dtype)
+    noise.noise = 1e-3
+    x = LINE[LINE.abs().squeeze(-1) > 0.5].to(dtype)
+    return network_gp(net, (x, x.sin()), noise, prior_precision=0.01, **structure)
+
+
+@pytest.mark.parametrize("structure", [{"structure": "full"}, {"inducing_inputs": LINE[::2]}])
+def test_directions_that_float32_products_do_not_tell_are_kept(structure):
+    x = torch.linspace(-2, 2, 51).unsqueeze(-1)
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in structure.items()}
+    single, double = on_a_line(structure, torch.float32), on_a_line(wide, F64)
+    if structure == {"structure": "full"}:  # a direction that is cut keeps its prior variance, 1e-11 of the largest
+        dense = on_a_line({"structure": "dense"}, F64)
+        largest = dense.basis.features(LINE.double()).prior_var.sum()
+        for q in (single, double):
+            assert gap(q.predict(x.to(q.basis.dtype))[1].double(), dense.predict(x.double())[1]) < 1e-11 * largest
+    for _ in range(2):
+        assert single.basis.size == double.basis.size
+        sd = [q.predict(x.to(q.basis.dtype))[1].double().sqrt() for q in (single, double)]
+        torch.testing.assert_close(*sd, rtol=1e-4, atol=0)
+        single, double = (q.condition(GAP.to(q.basis.dtype), GAP.to(q.basis.dtype).sin()) for q in (single, double))
