@@ -83,8 +83,8 @@ class Span:
 
         Of the residual kernel r(x, z) = κ(x, z) − φφᵀ, in the same way: W' = [[W, −W φ(x)ᵀW_r], [0, W_r]].
         """
-        new = self.block(x)
-        Z = x if self.Z is None else torch.cat([self.Z, x.to(self.Z)])
+        assert self.Z is not None
+        new, Z = self.block(x), torch.cat([self.Z, x.to(self.Z)])
         phi = self.phi(new).double()
         if self.Phi is not None:
             J, Phi = new.dense().double(), self.Phi.double()

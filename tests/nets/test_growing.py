@@ -1,5 +1,7 @@
 """New data where Z sees too little: Z takes in their inputs, and nothing is lost of the old ones."""
 
+import copy
+
 import gpytorch
 import pytest
 import torch
@@ -40,6 +42,30 @@ def test_a_subspace_of_weights_grows_too():
     basis = few.grown(X_NEW)
     assert few.size < basis.size <= jacobian.num_params
     assert same(q.rebase(basis).predict_blocks(TEST), q.predict_blocks(TEST), 1e-8)
+    assert torch.equal(basis.inducing_inputs, torch.cat([few.inducing_inputs, X_NEW]))
+    first = basis.first(few.size)  # as it was before
+    assert first.size == few.size
+    assert gap(first.features(TEST).phi, few.features(TEST).phi) < 1e-14
+
+
+def test_inputs_in_another_dtype_join_those_that_are_held():
+    basis = network_gp(NET, (X, Y), SOFTMAX, prior_precision=TAU, num_inducing=3).basis
+    assert basis.grown(X_NEW.float()).inducing_inputs.dtype == F64
+    single = network_gp(copy.deepcopy(NET).float(), (X.float(), Y), SOFTMAX, num_inducing=3).basis
+    grown = single.grown(X_NEW)
+    assert grown.inducing_inputs.dtype == torch.float32
+    assert grown.features(TEST).phi.dtype == single.features(TEST).phi.dtype
+
+
+def test_what_is_rounding_is_told_by_the_greatest_row_of_all():
+    """A row of 1e-7 of the others is of 1e-14 of the largest eigenvalue: its direction is no news."""
+    net = torch.nn.Linear(3, 1, bias=False).double()
+    rows = torch.eye(3, dtype=F64)
+    few = JacobianBasis.at_inputs(NetworkJacobian(net, rows), rows[:1].repeat(4, 1), TAU)  # more rows than weights
+    assert few.size == 1
+    assert few.grown(rows[1:2]).size == 2
+    assert few.grown(torch.stack([rows[1], 1e-7 * rows[2]])).size == 2
+    assert few.grown(torch.stack([rows[1], 1e-4 * rows[2]])).size == 3
 
 
 @pytest.mark.parametrize("structure", ["full", "sparse"])
