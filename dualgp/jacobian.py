@@ -291,7 +291,7 @@ class JacobianBasis(Basis):
 
         A factor exp(vᵀ√τ(θ − θ*)) is the linear site (Φᵀv, 0) on w, but for the directions left to the residual.
         """
-        return self._span.seen(direction.unsqueeze(-1)).squeeze(-1)
+        return self._span.seen(direction)
 
     def _row_width(self) -> int:
         """Numbers that a datum takes on its way to its features."""

@@ -122,7 +122,7 @@ def _logsumexp_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Return E[log S], its gradient in the means, and its gradient in the variances."""
     shape, c = mean.shape[:-1], mean.shape[-1]
     flat_m, flat_v = mean.detach().reshape(-1, c).double(), var.detach().reshape(-1, c).double().clamp_min(0.0)
-    flat_m, flat_v = flat_m.masked_fill(~flat_v.isfinite(), math.nan), flat_v.nan_to_num(0.0, 0.0, 0.0)
+    flat_m, flat_v = flat_m.masked_fill(~flat_v.isfinite(), math.nan), flat_v.nan_to_num(posinf=0.0)
     order = flat_v.amax(-1).argsort()  # blocks of like variance: each takes the line that it needs
     sizes = _block_sizes(flat_v.amax(-1)[order].tolist(), c)
     blocks = zip(flat_m[order].split(sizes), flat_v[order].split(sizes), strict=True)

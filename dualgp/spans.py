@@ -64,14 +64,15 @@ class Span:
     def _triangular(self) -> bool:
         return self.W is not None and self.W.shape[-1] == self.W.shape[-2] and torch.equal(self.W, self.W.triu())
 
-    def seen(self, directions: Tensor) -> Tensor:
-        """Φᵀv in float64: what w sees of directions v [P, k]; [r, k], or [C, r, k] output by output."""
+    def seen(self, direction: Tensor) -> Tensor:
+        """Φᵀv in float64: what w sees of a direction v [P]; [r], or [C, r] output by output."""
+        v = direction.double()
         if self.Phi is not None:
-            return self.Phi.double().mT @ directions.double()
+            return self.Phi.double().mT @ v
         if self.W is None or self.at_Z is None:
-            return directions.double()
-        at_Z = self.at_Z.matmul(directions).double()  # J_Z v [M, C, k]
-        return self.W.double().mT @ (at_Z.movedim(1, 0) if self.W.ndim == 3 else at_Z.flatten(0, 1))
+            return v
+        at_Z = self.at_Z.matmul(v.unsqueeze(-1)).double()  # J_Z v [M, C, 1]
+        return (self.W.double().mT @ (at_Z.movedim(1, 0) if self.W.ndim == 3 else at_Z.flatten(0, 1))).squeeze(-1)
 
     def first(self, size: int) -> Span:
         """Return the span of the first coordinates: this one before it grew."""

@@ -11,7 +11,7 @@ from gpytorch.likelihoods import (
     SoftmaxLikelihood,
 )
 from test_duals import HEAVY, MEANS, SMOOTH, VARS, Own
-from toys import F64, at, gap
+from toys import F64, at, gap, gaussian
 
 from dualgp import errors, likelihoods, log_predictive, predictive_distribution, quadrature
 from dualgp.likelihoods import LogPoissonLikelihood
@@ -73,6 +73,33 @@ def test_a_number_of_each_datum_stays_with_its_datum(n):
     assert gap(found.log_prob(torch.ones(n).double()), own) < 1e-9
 
 
+def test_batches_of_data_each_with_a_number_of_its_own():
+    mean, var = torch.linspace(-1, 1, 6).double().view(2, 3), torch.full((2, 3), 0.3).double()
+    exposure = torch.arange(1.0, 7.0).double().view(2, 3)
+    found = predictive_distribution(Exposed(), mean, var, exposure=exposure)
+    assert gap(found.mean, exposure * (mean + 0.5 * var).exp()) < 1e-9
+
+
+def test_the_rule_is_finer_where_the_conditional_is_narrow_or_has_a_kink():
+    assert predictive_distribution(LaplaceLikelihood(), MEANS, VARS).mixture_distribution.probs.shape[-1] == 64
+    assert predictive_distribution(LogPoissonLikelihood(), MEANS, VARS).mixture_distribution.probs.shape[-1] == 20
+
+
+def test_the_dtype_is_that_of_the_marginals():
+    found = predictive_distribution(gaussian(0.3), MEANS.float(), VARS.float())
+    assert found.mean.dtype == found.stddev.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("mean", "var"),
+    [(float("nan"), 1.0), (float("inf"), 1.0), (0.0, float("inf")), (0.0, float("nan")), (0.0, -1.0), (0.0, -0.25)],
+)
+def test_marginals_that_are_none_are_refused(mean, var):
+    noise = FixedNoiseGaussianLikelihood(torch.ones(2)).double()
+    with pytest.raises(errors.InputError, match=r"^mean and var must be finite and var ≥ 0, but hold NaN, infinity or"):
+        predictive_distribution(noise, at(0.0, mean), at(1.0, var), noise=at(0.25, 0.25))
+
+
 def test_fixed_noise_takes_the_noise_of_each_test_datum():
     likelihood = FixedNoiseGaussianLikelihood(torch.ones(3), learn_additional_noise=True).double()
     likelihood.second_noise = at(0.25)
@@ -114,6 +141,17 @@ def test_binary_probabilities_are_accurate_in_the_tails():
     assert gap(log_predictive(BernoulliLikelihood(), at(1.0, 0.0), mean, var), expected) < 1e-9 * 1200
     logit = log_predictive(likelihoods.LogitBernoulliLikelihood(), at(1.0, 0.0), mean, var)
     assert gap(logit, at(-59.75, -59.75)) < 1e-6  # E e^f = e^{m + v/2}
+
+
+def test_binary_probabilities_of_wide_latents_are_exact():
+    mean, var = at(-30.0, 3.0, 200.0), at(1e3, 1e4, 1e6)
+    found = predictive_distribution(BernoulliLikelihood(), mean, var).probs
+    assert gap(found, torch.special.ndtr(mean / (1 + var).sqrt())) < 1e-14
+
+
+def test_sure_labels_are_probabilities():
+    found = predictive_distribution(likelihoods.LogitBernoulliLikelihood(), at(-800.0, 50.0, 800.0), at(1.0, 1.0, 1.0))
+    assert ((found.probs >= 0) & (found.probs <= 1)).all()
 
 
 def test_both_labels_sum_to_one():
