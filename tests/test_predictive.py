@@ -150,7 +150,9 @@ def test_binary_probabilities_of_wide_latents_are_exact():
 
 
 def test_sure_labels_are_probabilities():
-    found = predictive_distribution(likelihoods.LogitBernoulliLikelihood(), at(-800.0, 50.0, 800.0), at(1.0, 1.0, 1.0))
+    """The weights of a rule in float32 add up to more than 1."""
+    mean, var = at(-800.0, 50.0, 800.0).float(), torch.ones(3)
+    found = predictive_distribution(likelihoods.LogitBernoulliLikelihood(), mean, var)
     assert ((found.probs >= 0) & (found.probs <= 1)).all()
 
 
