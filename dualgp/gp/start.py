@@ -26,7 +26,7 @@ from dualgp.kernels import frozen_copy, kernel_diagonal, prior_covariance
 _FEWEST, _ROWS, _INDUCING = 20, 500, 50
 _INDEPENDENT, _EQUAL = 0.3, 1e-4  # nearest neighbours correlated less than this, or all data more than 1 − this
 _OTHER_UNITS = 3.0  # of the logarithm of the targets' variance, from what the prior says
-_FACTORS = [2.0**k for k in range(-12, 14, 2)]
+_FACTORS = [2.0**k for k in range(-40, 42, 2)]  # to seconds since 1970, and from metres to atoms
 
 
 def workable_start(
@@ -84,7 +84,7 @@ def workable_kernel(
 
     That is so where nearest neighbours are all but uncorrelated, or all data all but equal, a priori: the bound is flat
     in the lengthscales, and the rest of the hyperparameters would explain everything as noise. The factor is the
-    power of 4 of greatest ELBO on a few hundred data.
+    power of 4 of greatest ELBO on a few hundred data, among those from which something can be learned.
     """
     parts = [k for k in kernel.modules() if isinstance(k, Kernel) and k.has_lengthscale]
     if len(data) < _FEWEST or not parts or not all(k.raw_lengthscale.requires_grad for k in parts):
@@ -98,6 +98,8 @@ def workable_kernel(
         for k in scaled.modules():
             if isinstance(k, Kernel) and k.has_lengthscale:
                 k.lengthscale = _inside(k.raw_lengthscale_constraint, k.lengthscale * factor)
+        if _is_flat(scaled, some):
+            continue
         try:
             basis = InducingBasis(scaled, some.x[..., :_INDUCING, :], mean, num_outputs=num_outputs)
             elbo = e_step(Source(basis, some), likelihood, max_passes=8).elbo

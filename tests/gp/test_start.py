@@ -16,7 +16,7 @@ from dualgp.gp.data import Data
 from dualgp.gp.start import in_units_of, workable_kernel
 
 
-@pytest.mark.parametrize("factor", [1e-4, 1e4])
+@pytest.mark.parametrize("factor", [1e-9, 1e-4, 1e4, 1e9])
 def test_the_units_of_x_do_not_decide_whether_a_fit_works(factor):
     x, f, g = waves(300)
     y = f + 0.2 * torch.randn(300, generator=g, dtype=F64)
