@@ -3,6 +3,7 @@
 import copy
 import functools
 import linecache
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.likelihoods import BernoulliLikelihood, GaussianLikelihood, SoftmaxLikelihood
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from toys import F64, same_bits, unchecked
 
 import dualgp
@@ -31,6 +36,7 @@ from dualgp import (
     errors,
     network_gp,
     optim,
+    plotting,
     transfer,
 )
 from dualgp.kernels import NetworkJacobian
@@ -70,6 +76,13 @@ def _gp(kind: str) -> DualGP:
 
 def gp(kind: str = "regression") -> DualGP:
     return copy.deepcopy(_gp(kind))
+
+
+@functools.cache
+def line_gp() -> DualGP:
+    made = DualGP(kernel(), GaussianLikelihood().double(), num_inducing=4, memory=3)
+    made.update(X[:, :1], Y, learn_hyperparameters=False)
+    return made
 
 
 def labels_gp() -> DualGP:
@@ -197,6 +210,30 @@ def ivon() -> optim.IVON:
     return optim.IVON(copy.deepcopy(net()).parameters(), num_data=12, prior_precision=1.0)
 
 
+def axes() -> Axes:
+    return Figure().subplots()
+
+
+def parameters() -> list[nn.Parameter]:
+    return list(copy.deepcopy(net()).parameters())
+
+
+def vogn(**options: Any) -> optim.VOGN:
+    rates = {"num_data": 12, "prior_precision": 1.0} | options
+    return optim.VOGN(copy.deepcopy(net()), nn.functional.cross_entropy, **rates)
+
+
+def shards(**options: Any) -> Any:
+    """Merge two models of one file each."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{name}.safetensors" for name in ("base", "a", "b")]
+        for k, path in enumerate(paths):
+            save_file({"w": X + k}, path)
+        out = f"{folder}/out.safetensors"
+        transfer.merge_shards(paths[0], paths[1:], out, **options)
+        return load_file(out)["w"]
+
+
 class Call(NamedTuple):
     """A public call: whom it asks, with what, and how."""
 
@@ -211,6 +248,10 @@ def method(of: Callable[[], Any], name: str, /, **given: Any) -> Call:
 
 def function(f: Callable[..., Any], /, **given: Any) -> Call:
     return Call(lambda: None, lambda _, **kwargs: f(**kwargs), given)
+
+
+def plot(f: Callable[..., Any], /, *args: Any, **given: Any) -> Call:
+    return Call(axes, lambda ax, **kwargs: f(ax, *args, **kwargs), given)
 
 
 LIK = GaussianLikelihood().double()
@@ -436,6 +477,7 @@ def _calls() -> dict[str, Call]:
         "IVON of": function(optim.IVON, params=[torch.ones(3, requires_grad=True)], num_data=12, prior_precision=1.0),
         "Stop": function(active.Stop, budget=3, tol=0.1, patience=2),
     }
+    calls |= _optimisers() | _pictures()
     for name, of in (
         ("network", network),
         ("sparse network", sparse_network),
@@ -458,6 +500,73 @@ def _calls() -> dict[str, Call]:
             f"{name}.with_centre": method(of, "with_centre", centre="map"),
         }
     return calls
+
+
+def _optimisers() -> dict[str, Call]:
+    shared = {"lr": 0.1, "num_data": 12, "prior_precision": 1.0, "beta1": 0.9, "mc_samples": 1}
+    rules: dict[str, tuple[Any, dict[str, Any]]] = {
+        "EVON": (
+            optim.EVON,
+            {"temperature": 1.0, "init_std": 0.1, "total_steps": 20, "clip_radius": 1.0, "basis_every": 3},
+        ),
+        "AdditiveBLR": (optim.AdditiveBLR, {"noise_std": 0.01}),
+        "AffineBLR": (optim.AffineBLR, {"temperature": 1.0, "lr_scale": 0.1, "scale_init": 0.01, "beta2": 0.99}),
+        "MultiplicativeBLR": (optim.MultiplicativeBLR, {"temperature": 1.0, "offset": 1e-5}),
+    }
+    calls = {
+        name: function(lambda rule=rule, **k: rule(parameters(), **k), **shared, **own)
+        for name, (rule, own) in rules.items()
+    }
+    return calls | {
+        "BSAM": function(
+            lambda **k: optim.BSAM(parameters(), **k),
+            **{"lr": 0.1, "num_data": 12, "prior_precision": 1.0, "sam_radius": 0.1, "beta1": 0.9, "beta2": 0.99},
+            **{"damping": 0.1, "precision_init": 1.0},
+        ),
+        "VOGN": function(vogn, **shared, temperature=1.0, beta2=0.99, damping=0.1, init_std=0.1),
+        "VOGN.step": Call(vogn, lambda s, **k: s.step(**k), {"x": X, "y": CLASSES}),
+        "prune": function(lambda **k: optim.prune(network=copy.deepcopy(net()), **k), q=weights(), fraction=0.3),
+        "merge_shards": function(shards, base_precision=1.0),
+    }
+
+
+def _pictures() -> dict[str, Call]:
+    images, square = X.expand(2, 12, 2).clone(), (0.0, 1.0, 0.0, 1.0)
+    line, p = torch.linspace(0, 1, 12, dtype=F64).unsqueeze(-1), 0.9 * torch.eye(3, dtype=F64)[CLASSES]
+    return {
+        "plot_data_scores_2d": plot(plotting.plot_data_scores_2d, x=X, scores=Y, chosen=torch.arange(3)),
+        "plot_images": plot(plotting.plot_images, images=images, columns=6),
+        "plot_sensitivity_images": plot(
+            plotting.plot_sensitivity_images, images=images, scores=Y[:2], columns=2, rows=1
+        ),
+        "plot_leverage": plot(plotting.plot_leverage, _gp("regression"), x=X, sites=regression_sites()),
+        "plot_posterior_1d": plot(plotting.plot_posterior_1d, line_gp(), x=line),
+        "plot_reliability": plot(plotting.plot_reliability, Categorical(probs=p), y=CLASSES, num_bins=5),
+        "plot_sites": plot(plotting.plot_sites, x=line, sites=regression_sites()),
+        "plot_posterior_1d data": plot(
+            lambda ax, X, y: plotting.plot_posterior_1d(ax, line_gp(), line, data=(X, y)), X=line, y=Y
+        ),
+        "plot_decision_2d data": plot(
+            lambda ax, X, y: plotting.plot_decision_2d(ax, _gp("labels"), square, data=(X, y), resolution=5),
+            X=X,
+            y=LABELS,
+        ),
+        "plot_stream_1d past": plot(
+            lambda ax, X, y: plotting.plot_stream_1d(ax, line_gp(), line, past=(X, y)), X=line, y=Y
+        ),
+        "plot_stream_2d past": plot(
+            lambda ax, X, y: plotting.plot_stream_2d(ax, _gp("labels"), square, past=(X, y), resolution=5),
+            X=X,
+            y=LABELS,
+        ),
+        "plot_decision_2d": plot(plotting.plot_decision_2d, _gp("labels"), square, resolution=5),
+        "plot_score_2d": plot(
+            plotting.plot_score_2d, _gp("labels"), square, generator=seeded(), resolution=5, chosen=AT
+        ),
+        "plot_stream_1d": plot(plotting.plot_stream_1d, line_gp(), x=line),
+        "plot_stream_2d": plot(plotting.plot_stream_2d, _gp("labels"), square, resolution=5),
+        "plot_sweep": plot(plotting.plot_sweep, grid=line[1:, 0], curves={"NLPD": Y[1:]}),
+    }
 
 
 @functools.cache
@@ -592,6 +701,7 @@ ELEMENTWISE = {
     "predictive_distribution",
     "sum_by",
     "WeightPosterior.predict_samples",
+    "VOGN.step",
     "mcallester",
     "alquier",
 }  # NaN of NaN, infinity of infinity
@@ -618,6 +728,10 @@ def state(of: Any) -> Any:
         return state(of.posterior), of.round
     if isinstance(of, Tensor):
         return (str(of.device), of.shape) if of.is_meta else of.detach().to_dense().clone()
+    if isinstance(of, Axes):
+        return [type(child).__name__ for child in of.get_children()], of.get_xlim(), of.get_title()
+    if isinstance(of, optim.SampledOptimizer):
+        return state([p for group in of.param_groups for p in group["params"]])
     if isinstance(of, torch.Generator):
         return None  # is there to be drawn from
     if hasattr(of, "predict"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dualgp.errors import InputError
+from dualgp.checks import check_number
 from dualgp.weights import WeightPosterior
 
 
@@ -32,8 +32,7 @@ def prune(q: WeightPosterior, network: nn.Module, fraction: float | int) -> int:
         >>> prune(q, net, 0.5), net.weight.tolist()
         (2, [[0.0, 1.0, 1.0, 0.0]])
     """
-    if not 0 <= fraction <= 1:
-        raise InputError(f"fraction must lie in [0, 1], got {fraction}.")
+    check_number("fraction", fraction, least=0, most=1)
     parameters = q.parameters_of(network)
     number = int(fraction * q.layout.size)
     ratio = q.mean.abs() / q.variance().sqrt()

@@ -76,8 +76,7 @@ def _memory(beta2: float | int | None, total_steps: int | None, horizon: float |
     if beta2 is not None:
         if horizon is not None:
             raise InputError("beta2 and curvature_horizon say the same: give one of them.")
-        if not 0 <= beta2 <= 1:
-            raise InputError(f"beta2 must lie in [0, 1], got {beta2}.")
+        check_number("beta2", beta2, least=0, most=1)
         if total_steps is not None and (1 - beta2) * total_steps < 0.5:
             warnings.warn(
                 f"In {total_steps} steps at beta2={beta2} the curvature is learned to "
@@ -102,9 +101,13 @@ def _one(a: str, x: object, b: str, y: object) -> None:
 
 def _positive(**values: float | int | None) -> None:
     for name, value in values.items():
-        unlimited = isinstance(value, float) and value == math.inf  # as a radius of clipping may be
-        if value is not None and not unlimited:
-            check_number(name, value, above=0)
+        if value is not None:
+            _check_positive(name, value)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (isinstance(value, float) and value == math.inf):  # without limit, as a radius of clipping may be
+        check_number(name, value, above=0)
 
 
 def first_std(group: dict[str, Any]) -> float:
@@ -130,13 +133,13 @@ def decay_of(group: dict[str, Any]) -> float:
 
 def check_group(group: dict[str, Any], positive: tuple[str, ...], at_least_0: tuple[str, ...]) -> None:
     """Raise InputError unless step size, momentum and memory are in range, and what must be positive or ≥ 0 is."""
-    if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-        raise InputError(f"lr must be finite and at least 0, got {group['lr']}.")
-    if not 0 <= group["beta1"] < 1:
-        raise InputError(f"beta1 must lie in [0, 1), got {group['beta1']}.")
-    if not 0 <= group.get("beta2", 0) <= 1:
-        raise InputError(f"beta2 must lie in [0, 1], got {group['beta2']}.")
-    _positive(**{name: group[name] for name in positive})
+    check_number("lr", group["lr"], least=0)
+    for name in ("beta1", "beta2"):
+        if name in group:
+            check_number(name, group[name], least=0, most=1)
+    if group["beta1"] == 1:
+        raise InputError("beta1 must be below 1, or the mean never moves.")
+    for name in positive:
+        _check_positive(name, group[name])
     for name in at_least_0:
-        if not group[name] >= 0:
-            raise InputError(f"{name} must be at least 0, got {group[name]}.")
+        check_number(name, group[name], least=0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from dualgp.checks import check_number, check_tensor
 from dualgp.errors import CallOrderError, InputError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket
@@ -77,8 +78,8 @@ class VOGN(SampledOptimizer):
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
-        if not num_data > 0:
-            raise InputError(f"num_data must be positive, got {num_data}.")
+        check_number("num_data", num_data, above=0)
+        check_number("lr", lr, least=0)
         self.network, self.loss = network, loss
         defaults = {
             "lr": lr, "num_data": num_data, "prior_precision": prior_precision, "temperature": temperature,
@@ -101,7 +102,12 @@ class VOGN(SampledOptimizer):
 
         Raises:
             CallOrderError: inside `sampled_params()`, or if no parameter takes part.
+            InputError: if x and y do not have as many rows, or network and loss do not take them.
         """
+        for name, value in (("x", x), ("y", y)):
+            check_tensor(name, value)
+        if x.ndim == 0 or y.ndim == 0 or not len(x) == len(y) > 0:
+            raise InputError(f"x and y must have as many rows, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
         if self._inside:
             raise CallOrderError("step() was called inside sampled_params(): call it after.")
         losses = []
@@ -123,7 +129,13 @@ class VOGN(SampledOptimizer):
             return self.loss(output, y.unsqueeze(0))
 
         weights = {name: params[name] for name in wanted}
-        grads, losses = vmap(grad_and_value(of_one), (None, 0, 0), randomness="different")(weights, x, y)
+        try:
+            grads, losses = vmap(grad_and_value(of_one), (None, 0, 0), randomness="different")(weights, x, y)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            raise InputError(
+                f"The network and its loss, datum by datum, do not take x of {x.dtype} {tuple(x.shape)} and y of "
+                f"{y.dtype} {tuple(y.shape)}: {error}"
+            ) from error
         found = {id(p): grads[name] for name, p in self.network.named_parameters() if name in wanted}
         for bucket in self._buckets:
             for k, p in enumerate(bucket.params):

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, check_count
 from dualgp.plotting.style import BLACK, BLUE, PALETTE, to_array
 
@@ -47,6 +48,9 @@ def plot_reliability(
         [[0.75, 0.9], [0.5, 1.0]]
         >>> plt.close(fig)
     """
+    check_tensor("y", y)
+    if not isinstance(p_y, Distribution):
+        raise InputError(f"p_y must be a torch Distribution, as predict_likelihood returns, got {type(p_y).__name__}.")
     if p_y.batch_shape != y.shape or y.ndim != 1 or not len(y):
         raise InputError(
             f"Expected one target for each of at least one prediction, got predictions {tuple(p_y.batch_shape)} and y "
@@ -84,12 +88,14 @@ def plot_sweep(
         [[1.0, 0.3]]
         >>> plt.close(fig)
     """
-    at = torch.as_tensor(grid, dtype=torch.float64)
+    at = _numbers("grid", grid)
     if at.ndim != 1 or not len(at) or not (at > 0).all():
         raise InputError(f"grid must hold positive numbers [k], got {grid}.")
     if best not in ("least", "greatest"):
         raise InputError(f'best must be "least" or "greatest", got {best!r}.')
-    scores = {name: torch.as_tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
+    if not isinstance(curves, Mapping):
+        raise InputError(f"curves must be a mapping of names to scores, got {type(curves).__name__}.")
+    scores = {name: _numbers(name, curve) for name, curve in curves.items()}
     for name, curve in scores.items():
         if curve.shape != at.shape or not curve.isfinite().any():
             raise InputError(f"{name} must be {len(at)} numbers, some of them finite; got shape {tuple(curve.shape)}.")
@@ -103,6 +109,15 @@ def plot_sweep(
         artists.append(ax.scatter([float(at[k])], [float(curve[k])], s=120, facecolors="none", edgecolors=color))
     ax.set_xscale("log")
     return artists
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        check_tensor(name, values)
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be numbers or a tensor of them, got {type(values).__name__}.") from error
 
 
 def _of_labels(p_y: Bernoulli | Categorical, y: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError, check_count
 from dualgp.plotting.style import BLACK, VERMILION, to_array
 
@@ -45,9 +46,13 @@ def plot_images(
         10
         >>> plt.close(fig)
     """
-    k = len(images)
-    if images.ndim not in (3, 4) or not k or (images.ndim == 4 and images.shape[-1] != 3):
-        raise InputError(f"images must have shape [k, height, width] or [k, height, width, 3], got {images.shape}.")
+    check_tensor("images", images)
+    k = len(images) if images.ndim else 0
+    if images.ndim not in (3, 4) or not images.numel() or (images.ndim == 4 and images.shape[-1] != 3):
+        came = tuple(images.shape)
+        raise InputError(f"images must have shape [k, height, width] or [k, height, width, 3], got {came}.")
+    if marked is not None:
+        check_tensor("marked", marked)
     if (labels is not None and len(labels) != k) or (marked is not None and marked.shape != (k,)):
         raise InputError(f"labels and marked must be one for each of {k} images.")
     check_count("columns", columns, 1)
@@ -98,10 +103,13 @@ def plot_sensitivity_images(
         ['8', '7', '6', '0', '1', '2']
         >>> plt.close(fig)
     """
-    if scores.shape != (len(images),) or not scores.isfinite().all():
-        raise InputError(f"scores must be {len(images)} finite numbers, one for each image; got {tuple(scores.shape)}.")
-    if labels is not None and len(labels) != len(images):
-        raise InputError(f"labels must be one for each of {len(images)} images, got {len(labels)}.")
+    check_tensor("images", images)
+    check_tensor("scores", scores)
+    n = len(images) if images.ndim else 0
+    if scores.shape != (n,) or not scores.isfinite().all():
+        raise InputError(f"scores must be {n} finite numbers, one for each image; got {tuple(scores.shape)}.")
+    if labels is not None and len(labels) != n:
+        raise InputError(f"labels must be one for each of {n} images, got {len(labels)}.")
     check_count("columns", columns, 1)
     check_count("rows", rows, 2)
     if rows % 2:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
 from dualgp.basis import InducingBasis
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError
 from dualgp.gp.model import DualGP
 from dualgp.nets.posterior import NetworkPosterior
@@ -71,6 +72,8 @@ def plot_posterior_1d(
         >>> plt.close(fig)
     """
     q = model.posterior if isinstance(model, DualGP) else model
+    check_tensor("x", x)
+    points = None if data is None else checked_data(data, 1)
     several = q.basis.batch_shape or (q.basis.num_outputs or 1) > 1
     if x.ndim != 2 or x.shape[-1] != 1 or several:
         raise InputError(
@@ -87,8 +90,8 @@ def plot_posterior_1d(
         *ax.plot(at, middle, color=color, label=label),
         ax.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0),
     ]
-    if data is not None:
-        X, y = checked_data(data, 1)
+    if points is not None:
+        X, y = points
         artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.6, label="data"))
     if inducing and isinstance(q.basis, InducingBasis):
         Z = to_array(q.basis.inducing_points[:, 0])
@@ -123,6 +126,7 @@ def plot_sites(
         3
         >>> plt.close(fig)
     """
+    check_tensor("x", x)
     if sites.multi_output or x.reshape(-1).shape != sites.lam.shape:
         raise InputError(
             f"plot_sites draws one output: expected one x per site, got x {tuple(x.shape)} and sites "
@@ -179,6 +183,7 @@ def plot_decision_2d(
         3
         >>> plt.close(fig)
     """
+    points = None if data is None else checked_data(data, 2)
     Z, dtype, device = None, torch.get_default_dtype(), torch.device("cpu")
     if isinstance(model, DualGP):
         Z = model.posterior.basis.inducing_points
@@ -190,8 +195,8 @@ def plot_decision_2d(
     a, b, grid = plane(bounds, resolution, dtype, device)
     image, field = draw_field(ax, _probability_of_one(model, grid), bounds, FIELD, vmin=0, vmax=1)
     artists: list[Artist] = [image, ax.contour(to_array(a), to_array(b), field, levels=[0.5], colors=BLACK)]
-    if data is not None:
-        artists += by_class(ax, *checked_data(data, 2), classes, s=22.0, edgecolors="white", linewidths=0.4)
+    if points is not None:
+        artists += by_class(ax, *points, classes, s=22.0, edgecolors="white", linewidths=0.4)
     if inducing and Z is not None:
         artists += ax.plot(*to_array(Z).T, "+", color=BLACK, markersize=7, label="inducing inputs Z")
     return artists

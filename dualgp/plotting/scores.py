@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from torch import Tensor
 
 from dualgp.active import score
 from dualgp.active.scores import Rule
+from dualgp.checks import check_tensor
 from dualgp.errors import InputError
 from dualgp.gp.model import DualGP
 from dualgp.influence import leverage
@@ -55,13 +58,15 @@ def plot_score_2d(
         3
         >>> plt.close(fig)
     """
+    if chosen is not None:
+        check_tensor("chosen", chosen)
+        if chosen.ndim != 2 or chosen.shape[-1] != 2:
+            raise InputError(f"What was chosen must have shape [k, 2], got {tuple(chosen.shape)}.")
     basis, learner = q.posterior.basis, cast(Any, q)
     *_, grid = plane(bounds, resolution, basis.dtype, basis.device)
     image, _ = draw_field(ax, score(learner, grid, rule, **options), bounds, WORTH)
     artists: list[Artist] = [image]
     if chosen is not None:
-        if chosen.ndim != 2 or chosen.shape[-1] != 2:
-            raise InputError(f"What was chosen must have shape [k, 2], got {tuple(chosen.shape)}.")
         box = {"boxstyle": "circle", "facecolor": VERMILION, "edgecolor": "white", "pad": 0.2}
         for number, (a, b) in enumerate(chosen.tolist(), 1):
             artists.append(ax.text(a, b, str(number), ha="center", va="center", color="white", size=8, bbox=box))
@@ -77,11 +82,11 @@ def plot_data_scores_2d(
         ax: where to draw.
         x: inputs [n, 2].
         scores: one for each; ≥ 0 as filled circles, < 0 as open diamonds.
-        chosen: rows to ring, such as `Selection.indices`.
+        chosen: rows to ring, such as `Selection.indices`, or a mask [n].
         label: of the rings, in a legend.
 
     Raises:
-        InputError: if shapes do not fit.
+        InputError: if shapes do not fit, or a chosen row is not there.
 
     Example:
         >>> import torch, matplotlib.pyplot as plt
@@ -91,8 +96,11 @@ def plot_data_scores_2d(
         3
         >>> plt.close(fig)
     """
+    check_tensor("x", x)
+    check_tensor("scores", scores)
     if x.ndim != 2 or x.shape[-1] != 2 or scores.shape != x.shape[:1]:
         raise InputError(f"Expected x [n, 2] and scores [n], got {tuple(x.shape)} and {tuple(scores.shape)}.")
+    ringed = None if chosen is None else _rows(chosen, len(x))
     at, values = to_array(x), to_array(scores)
     area = areas(values)
     artists: list[Artist] = []
@@ -101,10 +109,23 @@ def plot_data_scores_2d(
             dots = ax.scatter(at[rows, 0], at[rows, 1], s=area[rows], marker=marker, edgecolors=color)
             dots.set_facecolor(color if marker == "o" else "none")
             artists.append(dots)
-    if chosen is not None:
-        x1, x2 = at[to_array(chosen)].T
+    if ringed is not None:
+        x1, x2 = at[ringed].T
         artists.append(ax.scatter(x1, x2, s=90, facecolors="none", edgecolors=BLACK, linewidths=1.2, label=label))
     return artists
+
+
+def _rows(chosen: Tensor, n: int) -> np.ndarray:
+    """Return indices or a mask of rows as what picks them from an array of n."""
+    check_tensor("chosen", chosen)
+    if chosen.dtype == torch.bool:
+        fits = chosen.shape == (n,)
+    else:
+        fits = not chosen.is_floating_point() and bool(((chosen >= 0) & (chosen < n)).all())
+    if not fits:
+        came = f"{chosen.dtype} {tuple(chosen.shape)}"
+        raise InputError(f"chosen must hold rows from 0 to {n - 1}, or be a mask [{n}]; got {came}.")
+    return to_array(chosen.reshape(-1))
 
 
 def plot_leverage(
@@ -136,6 +157,7 @@ def plot_leverage(
         20
         >>> plt.close(fig)
     """
+    check_tensor("x", x)
     if x.ndim != 2 or x.shape[-1] not in (1, 2):
         raise InputError(f"Leverage is drawn over one input or two: expected x [n, 1] or [n, 2], got {tuple(x.shape)}.")
     values = leverage(q, x, sites)

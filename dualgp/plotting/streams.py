@@ -51,9 +51,10 @@ def plot_stream_1d(
         (60, 60)
         >>> plt.close(fig)
     """
+    passed = None if past is None else checked_data(past, 1)
     artists = plot_posterior_1d(ax, gp, x, link=link, label=label)
-    if past is not None:
-        X, y = checked_data(past, 1)
+    if passed is not None:
+        X, y = passed
         artists.append(ax.scatter(X[:, 0], y, s=9, color=BLACK, alpha=0.2, linewidths=0, label="past"))
     if (memory := gp.memory) is not None:
         X, y = checked_data((memory.data.x, memory.data.y), 1)
@@ -102,10 +103,11 @@ def plot_stream_2d(
         3
         >>> plt.close(fig)
     """
+    passed = None if past is None else checked_data(past, 2)
     artists = plot_decision_2d(ax, gp, bounds, resolution=resolution)
-    if past is not None:
+    if passed is not None:
         names = f"{classes[0]}, past", f"{classes[1]}, past"
-        artists += by_class(ax, *checked_data(past, 2), names, s=10.0, alpha=0.5, linewidths=0)
+        artists += by_class(ax, *passed, names, s=10.0, alpha=0.5, linewidths=0)
     if (memory := gp.memory) is not None:
         names = f"{classes[0]}, memory", f"{classes[1]}, memory"
         area = areas(_leverage(gp, memory))

@@ -13,7 +13,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from dualgp.errors import InputError
+from dualgp.checks import check_number, check_tensor
+from dualgp.errors import InputError, check_count
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 BLUE, VERMILION, GREEN, *_, BLACK = PALETTE
@@ -25,6 +26,11 @@ def plane(
     bounds: Sequence[float | int], resolution: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the two sides of a grid over (x₁ from, x₁ to, x₂ from, x₂ to), and its points, [R], [R] and [R², 2]."""
+    check_count("resolution", resolution, 2)
+    for side in bounds:
+        check_number("a bound", side)
+    if len(bounds) != 4 or not (bounds[0] < bounds[1] and bounds[2] < bounds[3]):
+        raise InputError(f"bounds must be (x₁ from, x₁ to, x₂ from, x₂ to), each from less than to; got {bounds}.")
     sides = (bounds[:2], bounds[2:])
     a, b = (torch.linspace(low, high, resolution, dtype=dtype, device=device) for low, high in sides)
     return a, b, torch.cartesian_prod(a, b)
@@ -71,7 +77,11 @@ def areas(values: np.ndarray) -> np.ndarray:
 
 def checked_data(data: tuple[Tensor, Tensor], columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a pair (X, y) to draw, of so many columns."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise InputError(f"Data to draw are a pair (X, y), got {type(data).__name__}.")
     X, y = data
+    check_tensor("X", X)
+    check_tensor("y", y)
     if X.ndim != 2 or X.shape[-1] != columns or y.shape != X.shape[:1]:
         raise InputError(
             f"Data to draw are a pair (X [n, {columns}], y [n]), got X {tuple(X.shape)} and y {tuple(y.shape)}."
@@ -80,5 +90,6 @@ def checked_data(data: tuple[Tensor, Tensor], columns: int) -> tuple[np.ndarray,
 
 
 def to_array(values: Tensor) -> np.ndarray:
-    """Return a tensor's values, on the CPU."""
-    return values.detach().cpu().numpy()
+    """Return a tensor's values, on the CPU; NumPy has no bfloat16."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
