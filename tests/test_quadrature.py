@@ -122,6 +122,12 @@ def test_rows_in_blocks_are_those_of_the_whole(monkeypatch):
     assert gap(expected_logsumexp(mean.reshape(5, 6, 4), var.reshape(5, 6, 4)).flatten(), whole) < 1e-12
 
 
+def test_the_answer_is_in_the_dtype_of_the_mean():
+    mean, var = torch.zeros(2, 3), torch.ones(2, 3)
+    assert expected_logsumexp(mean, var).dtype == expected_softmax(mean, var).dtype == torch.float32
+    assert gap(expected_logsumexp(mean, var).double(), expected_logsumexp(mean.double(), var.double())) < 1e-6
+
+
 def test_softmax_of_huge_variance_stays_a_probability():
     mean, var = at(3.0, 0.0, -2.0).expand(4, 3), at(1000.0, 2000.0, 1e4, 1e8).unsqueeze(-1).expand(4, 3)
     probs = expected_softmax(mean, var)
