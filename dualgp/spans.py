@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -105,7 +105,15 @@ class Span:
     def held(self) -> Span:
         """Return the span with J at Z, which W acts on."""
         assert self.Z is not None
-        return replace(self, at_Z=self._as_taken(self.jacobian.kept(self.Z)))
+        return replace(self, at_Z=self.jacobian.kept(self.Z)).widened()
+
+    def widened(self) -> Span:
+        """Return the span with J at Z as products with it are taken, unless that is more than the budget.
+
+        Then it is brought to float64 layer by layer, at each product.
+        """
+        assert self.at_Z is not None
+        return replace(self, at_Z=self._as_taken(self.at_Z)) if 2 * self.at_Z.nbytes <= self.jacobian.budget else self
 
     def _root(self, residual: Tensor, largest: Tensor) -> Tensor:
         """VΛ^{-1/2} of the eigenvalues of a residual that are no rounding of the kernel it is left of."""
@@ -128,7 +136,7 @@ def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z: by J_Z J_Zᵀ [MC, MC], or by J_ZᵀJ_Z [P, P] where that is smaller."""
     P = jacobian.num_params
     if len(Z) * jacobian.num_outputs < P:
-        return _function_span(jacobian, Z, tol, lambda at_Z: at_Z.gram(at_Z).flatten(2).flatten(0, 1))
+        return _function_span(jacobian, Z, tol, independent=False)
     total = GramSum(torch.Size(), P, jacobian.device)
     for outer in row_chunks(len(Z), jacobian.num_outputs * P, jacobian.dtype, jacobian.device):
         for _, rows in jacobian.blocks(Z[outer]):
@@ -143,22 +151,27 @@ def coupled_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
 
 def independent_span(jacobian: NetworkJacobian, Z: Tensor, tol: float) -> Span:
     """The row space of J_Z output by output, by C matrices [M, M]; an output of lower rank has zeros in W."""
-    return _function_span(jacobian, Z, tol, lambda at_Z: at_Z.gram_independent(at_Z))
+    return _function_span(jacobian, Z, tol, independent=True)
 
 
-def _function_span(jacobian: NetworkJacobian, Z: Tensor, tol: float, gram: Callable[[JacobianBlock], Tensor]) -> Span:
+def _function_span(jacobian: NetworkJacobian, Z: Tensor, tol: float, independent: bool) -> Span:
     """By products in the network's dtype if they tell all directions that are above the tolerance, else in float64."""
     at_Z, dtype = jacobian.kept(Z), jacobian.dtype
-    K, coarse = _checked(gram(at_Z)).double(), max(tol, ten_roundings(dtype))
+    K, coarse = _checked(_gram(at_Z, at_Z, independent)).double(), max(tol, ten_roundings(dtype))
     W = _cholesky_root(K, coarse)
     if W is None and coarse > tol:
-        at_Z, dtype = at_Z.double(), torch.float64
-        K = gram(at_Z)
+        dtype, step = torch.float64, max(1, jacobian.budget * len(at_Z) // (2 * at_Z.nbytes))
+        some = (at_Z[start : start + step].double() for start in range(0, len(at_Z), step))
+        K = torch.cat([_gram(rows, at_Z, independent) for rows in some], -2)
         W = _cholesky_root(K, tol)
     if W is None:
         values, vectors = eigenpairs_above(K, tol)
         W = vectors * values.rsqrt().unsqueeze(-2)
-    return Span(jacobian, tol, Z, at_Z, W=W.to(dtype))
+    return Span(jacobian, tol, Z, at_Z, W=W.to(dtype)).widened()
+
+
+def _gram(rows: JacobianBlock, at_Z: JacobianBlock, independent: bool) -> Tensor:
+    return rows.gram_independent(at_Z) if independent else rows.gram(at_Z).flatten(2).flatten(0, 1)
 
 
 def _cholesky_root(K: Tensor, tol: float) -> Tensor | None:

@@ -58,13 +58,18 @@ class JacobianBlock:
         layers = (layer.compact() if isinstance(layer, FactoredLayer) else layer for layer in self.layers)
         return JacobianBlock(self.f, tuple(layers), self.slices)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(_bytes(part) for layer in self.layers for part in layer.parts)
+
     def double(self) -> JacobianBlock:
         """Return the same numbers in float64, for products whose rounding matters."""
         return JacobianBlock(self.f.double(), tuple(map(doubled, self.layers)), self.slices)
 
     @full_precision()
     def gram(self, other: JacobianBlock) -> Float[Tensor, "n C m C"]:
-        """Return κ(x, z) = J(x) J(z)ᵀ for all pairs of rows and of outputs.
+        """Return κ(x, z) = J(x) J(z)ᵀ for all pairs of rows and of outputs, in the dtype of these rows.
 
         Raises:
             InputError: if `other` is a block of other parameters.
@@ -130,7 +135,8 @@ class JacobianBlock:
             self.slices != other.slices
         ):
             raise InputError("The blocks are of different networks or parameters: take both from one NetworkJacobian.")
-        return zip(self.layers, other.layers, strict=True)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            yield mine, theirs if self.f.dtype == other.f.dtype else doubled(theirs)  # one at a time, for their memory
 
     def _columns(self, layer: Layer, u: Tensor) -> Tensor:
         return torch.cat([u[self.slices[t]] for t in layer.tensors])

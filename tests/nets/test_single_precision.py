@@ -94,14 +94,14 @@ LINE = torch.linspace(-2, 2, 40).unsqueeze(-1)
 GAP = torch.linspace(-0.45, 0.45, 10).unsqueeze(-1)
 
 
-def on_a_line(structure, dtype):
+def on_a_line(structure, dtype, **options):
     """A network of one input: half of the eigenvalues that it keeps are below the rounding of products in float32."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 1)).to(dtype)
     noise = GaussianLikelihood().to(dtype)
     noise.noise = 1e-3
     x = LINE[LINE.abs().squeeze(-1) > 0.5].to(dtype)
-    return network_gp(net, (x, x.sin()), noise, prior_precision=0.01, **structure)
+    return network_gp(net, (x, x.sin()), noise, prior_precision=0.01, **structure, **options)
 
 
 @pytest.mark.parametrize("structure", [{"structure": "full"}, {"inducing_inputs": LINE[::2]}])
@@ -119,3 +119,13 @@ def test_directions_that_float32_products_do_not_tell_are_kept(structure):
         sd = [q.predict(x.to(q.basis.dtype))[1].double().sqrt() for q in (single, double)]
         torch.testing.assert_close(*sd, rtol=1e-4, atol=0)
         single, double = (q.condition(GAP.to(q.basis.dtype), GAP.to(q.basis.dtype).sin()) for q in (single, double))
+
+
+@pytest.mark.parametrize("outputs", ["coupled", "independent"])
+def test_jacobians_that_take_more_than_the_budget_are_brought_to_float64_in_parts(outputs):
+    structure = {"inducing_inputs": LINE[::2], "outputs": outputs}
+    plenty, tight = on_a_line(structure, torch.float32), on_a_line(structure, torch.float32, budget=4000)
+    assert plenty.basis.size == tight.basis.size
+    assert tight.basis._span.at_Z.f.dtype == torch.float32
+    assert plenty.basis._span.at_Z.f.dtype == F64
+    torch.testing.assert_close(tight.predict(LINE)[1], plenty.predict(LINE)[1], rtol=1e-4, atol=0)
