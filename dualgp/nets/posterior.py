@@ -354,7 +354,11 @@ class NetworkPosterior:
         link: Link = "probit",
         progress: bool | None = None,
     ) -> Tensor:
-        """Return what each prior precision of a grid [k] scores, in nats, higher is better; arguments as in `tuned`."""
+        """Return what each prior precision of a grid [k] scores, in nats, higher is better; arguments as in `tuned`.
+
+        Of this posterior as it is centred: `tuned("leave_one_out")` chooses by `q.with_centre("map").sweep(...)`, as a
+        network at the centre has seen the datum that is left out, and scores best at τ → ∞.
+        """
         return tuning.Task.of(self, method, data, y, link, progress).scores(tuning.factors_of(self, grid))
 
     def sweep_evidence(self, factors: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from dualgp.errors import NotPositiveDefiniteError
 from dualgp.influence.formulas import Shift, removal_shift
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
+from dualgp.kernels.contractions import explicit_tiles
 from dualgp.linalg import symmetrise
 from dualgp.nets.eigenbasis import linear
 from dualgp.sites import Site
@@ -61,6 +62,40 @@ class FunctionBlocks:
         alpha = lam - (B @ mean.unsqueeze(-1)).squeeze(-1)
         shift = removal_shift(V, alpha, B, max_hat=max_hat, cross=cross)
         return self.mean + shift.mean, self.V + self.residual + shift.cov, shift
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalBlocks(FunctionBlocks):
+    """The same on all weights with a diagonal precision D, w̄ = λ/D: a datum takes diag(φᵀBφ) out of it, not φᵀBφ."""
+
+    phi: JacobianBlock | None = None
+    precision: Tensor | None = None  # D [P]
+    mean_w: Tensor | None = None
+
+    def without(self, lam: Tensor, B: Tensor, max_hat: float) -> tuple[Tensor, Tensor, Shift]:
+        """Return the same without a datum's own site, exactly, in whatever share it has of a weight's precision.
+
+        D' = D − diag(φᵀBφ),    D'(w̄' − w̄) = diag(φᵀBφ)w̄ − φᵀ(λ − Bμ)
+        """
+        assert self.phi is not None
+        assert self.precision is not None
+        assert self.mean_w is not None
+        pull = lam - (B @ self.phi.f.double().unsqueeze(-1)).squeeze(-1)
+        mean, cov, hat = self.mean.clone(), torch.zeros_like(self.V), torch.zeros_like(self.mean[:, 0])
+        for layer in self.phi.layers:
+            D, w = (torch.cat([v[self.phi.slices[t]] for t in layer.tensors]) for v in (self.precision, self.mean_w))
+            for rows, part in explicit_tiles(layer):
+                J = part.dense().double()  # [k, C, p]
+                own = (J * (B[rows] @ J)).sum(1)
+                left = D - own
+                if not bool((left > 0).all()):
+                    raise NotPositiveDefiniteError("Without one datum no Gaussian is left: the sites are not of these.")
+                step = (own * w - (J * pull[rows].unsqueeze(-1)).sum(1)) / left
+                mean[rows] += (J @ step.unsqueeze(-1)).squeeze(-1)
+                cov[rows] += (J / left.unsqueeze(1)) @ J.mT
+                hat[rows] = torch.maximum(hat[rows], (own / D).amax(-1))
+        shift = Shift(mean - self.mean, cov - self.V, hat, torch.zeros_like(hat, dtype=torch.bool))
+        return mean, cov, shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +234,12 @@ class StructuredSpectrum:
     def _sweep(self, phi: JacobianBlock, s: Tensor) -> Iterator[FunctionBlocks]:
         for one in s.tolist():
             w = ((self.data - one * self.prior) / (one + self.values)).unsqueeze(-1)
-            mean = linear(phi, self.posterior.eigenbasis.back(w).squeeze(-1))
-            yield FunctionBlocks(mean, self.posterior.eigenbasis.covariance(phi, one), 0.0)
+            w = self.posterior.eigenbasis.back(w).squeeze(-1)
+            mean, V = linear(phi, w), self.posterior.eigenbasis.covariance(phi, one)
+            if self.posterior.structure.kind == "diagonal":
+                yield DiagonalBlocks(mean, V, 0.0, phi=phi, precision=one + self.values, mean_w=w)
+            else:
+                yield FunctionBlocks(mean, V, 0.0)
 
 
 def log_evidence(energy: Tensor, b: Tensor, a: Tensor, c: Tensor, s: Float[Tensor, "k"]) -> Float[Tensor, "k"]:

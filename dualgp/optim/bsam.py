@@ -82,7 +82,7 @@ class BSAM(SampledOptimizer):
             "lr": lr, "beta1": beta1, "beta2": beta2, "num_data": num_data, "prior_precision": prior_precision,
             "sam_radius": sam_radius, "damping": damping, "precision_init": precision_init,
         }  # fmt: skip
-        self._perturbing = False
+        self._perturbing = self._owed = False  # owed is the gradient at the weights that the draw just left leads to
         super().__init__(params, defaults, generator=generator, process_group=process_group)
 
     def _start(self, bucket: Bucket) -> None:
@@ -97,6 +97,7 @@ class BSAM(SampledOptimizer):
                 self._noise(sample).mul_((N * s).rsqrt_()).add_(w)
 
     def _gather(self, bucket: Bucket, share: float) -> None:
+        self._owed = not self._perturbing
         if self._perturbing:
             bucket.average("gbar", "grad", share)
             return
@@ -124,13 +125,13 @@ class BSAM(SampledOptimizer):
             whole = self.num_dropped == dropped
         finally:
             # One sample is both of its gradients. Where one is lost the averages hold halves: none of them counts.
-            self._perturbing, self._weight = False, both if whole else 0.0
+            self._perturbing, self._owed, self._weight = False, False, both if whole else 0.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Move by the samples since the last step; with a closure, after both gradients of one. See `SampledOptimizer`.
 
         Raises:
-            CallOrderError: if nothing was sampled.
+            CallOrderError: if nothing was sampled, or a draw was not followed by `perturbed_params()`.
         """
         loss = None
         if closure is not None:
@@ -140,6 +141,11 @@ class BSAM(SampledOptimizer):
                     loss = closure()
                 with self.perturbed_params():
                     closure()
+        if self._owed:
+            raise CallOrderError(
+                "BSAM moves by the gradient at perturbed weights: after `with optimizer.sampled_params():` compute the "
+                "loss and call backward() inside `with optimizer.perturbed_params():` too, or give step() a closure."
+            )
         super().step()
         return loss.detach() if isinstance(loss, Tensor) else loss
 

@@ -365,17 +365,18 @@ class SampledOptimizer(Optimizer):
     # --- reading out ------------------------------------------------------------------------------
 
     def _layout(self, network: nn.Module | None) -> WeightLayout:
-        """Names and shapes of all parameters in the order of buckets."""
-        return layout_of([p for bucket in self._buckets for p in bucket.params], self.param_groups, network)
+        """Names and shapes of all parameters that are not frozen, in the order of buckets."""
+        learned = [p for b in self._buckets for p, is_learned in zip(b.params, b.learned(), strict=True) if is_learned]
+        return layout_of(learned, self.param_groups, network)
 
     def _read_mean(self) -> Tensor:
-        """Return the mean of all parameters, in the order of buckets."""
+        """Return the mean of all parameters that are not frozen, in the order of buckets."""
         if self._inside:
             raise CallOrderError("posterior() was called inside sampled_params(): call it after.")
         with torch.no_grad():
             for bucket in self._buckets:
                 bucket.read_mean()
-            return torch.cat([bucket["mean"] for bucket in self._buckets])
+            return torch.cat([bucket.of_learned(bucket["mean"]) for bucket in self._buckets])
 
 
 def _finite(values: Tensor) -> bool:

@@ -12,7 +12,7 @@ from dualgp.errors import InputError, UnsupportedError, check_count
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket, average_product
 from dualgp.optim.ivon import IVON, WIDEST, move_precision
-from dualgp.optim.settings import first_std, settings, warn_if_wide
+from dualgp.optim.settings import check_units, first_std, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
@@ -118,6 +118,7 @@ class EVON(SampledOptimizer):
         warn_if_wide(first_std(found))
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_units(group)
         super()._check_group(group)
         if not 0 <= group["basis_beta"] < 1:
             raise InputError(f"basis_beta must lie in [0, 1), got {group['basis_beta']}.")
@@ -233,9 +234,10 @@ class EVON(SampledOptimizer):
         blocks, decays = [], []
         for bucket in self._buckets:
             lam, d = bucket.group["ess"], bucket.group["weight_decay"]
-            decays.append(torch.full_like(bucket["mean"], lam * d))
-            for p, h in zip(bucket.params, bucket.views["hess"], strict=True):
-                blocks.append(self._precision(p, _matrix(lam * (h + d)), structure))
+            decays.append(torch.full_like(bucket.of_learned(bucket["mean"]), lam * d))
+            for p, h, is_learned in zip(bucket.params, bucket.views["hess"], bucket.learned(), strict=True):
+                if is_learned:
+                    blocks.append(self._precision(p, _matrix(lam * (h + d)), structure))
         mean, s0 = self._read_mean(), torch.cat(decays)
         if structure == "dense":
             S = torch.block_diag(*blocks)

@@ -40,6 +40,7 @@ class Bucket:
             torch._foreach_copy_(self.views["mean"], [p.detach() for p in params])
             # Weights in low precision come back from a copy: the mean, rounded again at random, would be others.
             self.kept = [torch.empty_like(p) for p in params] if self.low_precision else self.views["mean"]
+        self._learned = [p.requires_grad for p in params]
         self.seen = [False] * len(params)  # whose gradients the averages hold
         self.uniform: Callable[[Tensor], Tensor] | None = None  # noise to round low precision by, or to the nearest
         self.read_versions()
@@ -94,6 +95,15 @@ class Bucket:
                 found.append(slice(start, start + size))
             start += size
         return found
+
+    def learned(self) -> list[bool]:
+        """Return which parameters are no constants: those that required a gradient when they came, or do now."""
+        return [came or p.requires_grad for came, p in zip(self._learned, self.params, strict=True)]
+
+    def of_learned(self, flat: Tensor) -> Tensor:
+        """Return the numbers of a flat tensor that are of parameters which are learned."""
+        parts = [flat[run] for run in self.runs(self.learned())]
+        return torch.cat(parts) if parts else flat[:0]
 
     def read_mean(self) -> None:
         """Take the parameters as the mean: someone may have changed them since.

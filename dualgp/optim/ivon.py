@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.optim.engine import SampledOptimizer
 from dualgp.optim.flat import Bucket, average_product
-from dualgp.optim.settings import first_std, settings, warn_if_wide
+from dualgp.optim.settings import check_units, first_std, settings, warn_if_wide
 from dualgp.sites import WeightSite
 from dualgp.weights import WeightPosterior
 
@@ -132,6 +132,10 @@ class IVON(SampledOptimizer):
             self._set_prior(prior)
         warn_if_wide(std)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_units(group)
+        super()._check_group(group)
+
     def _start(self, bucket: Bucket) -> None:
         if self._has_prior:
             raise InputError(
@@ -156,7 +160,9 @@ class IVON(SampledOptimizer):
         names = iter(mine if named else theirs)
         for bucket in self._buckets:
             bucket.add("prior_mean"), bucket.add("decay")
-            for k in range(len(bucket.params)):
+            for k, is_learned in enumerate(bucket.learned()):
+                if not is_learned:
+                    continue
                 name = next(names)
                 bucket.views["prior_mean"][k].copy_(means[name])
                 bucket.views["decay"][k].copy_(precisions[name] / bucket.group["ess"])
@@ -209,6 +215,8 @@ class IVON(SampledOptimizer):
     def posterior(self, network: nn.Module | None = None) -> WeightPosterior:
         """Return q as a value: the prior times a site, S = s₀ + λh and S m = s₀m₀ + λ_site, so that the mean is m.
 
+        Frozen parameters are constants, and not in it.
+
         Args:
             network: names the parameters, if the optimiser was not given names.
 
@@ -221,7 +229,7 @@ class IVON(SampledOptimizer):
                 lam = bucket.group["ess"]
                 d = bucket.buffers.get("decay", torch.full_like(bucket["mean"], bucket.group["weight_decay"]))
                 m0 = bucket.buffers.get("prior_mean", torch.zeros_like(bucket["mean"]))
-                parts.append((m0, lam * d, lam * bucket["hess"]))
+                parts.append([bucket.of_learned(t) for t in (m0, lam * d, lam * bucket["hess"])])
             m0, s0, B = (torch.cat(p) for p in zip(*parts, strict=True))
         site = WeightSite(B * mean + s0 * (mean - m0), B)
         return WeightPosterior(layout, site, prior_mean=m0, prior_precision=s0)

@@ -110,6 +110,16 @@ def _check_positive(name: str, value: object) -> None:
         check_number(name, value, above=0)
 
 
+def check_units(group: dict[str, Any]) -> None:
+    """Raise InputError if a group's own settings are in the units that only the whole run is given in."""
+    own = {"num_data", "temperature", "prior_precision", "init_std", "total_steps", "curvature_horizon"} & group.keys()
+    if own:
+        raise InputError(
+            f"{', '.join(sorted(own))} cannot be given for one group of parameters: there, give weight_decay "
+            "(prior_precision / ess), hess_init (1 / (ess init_std²) − weight_decay), ess and beta2."
+        )
+
+
 def first_std(group: dict[str, Any]) -> float:
     """Return the standard deviation of weights at the start, 1/√(λ(h₀ + d))."""
     return float((group["ess"] * (group["hess_init"] + group["weight_decay"])) ** -0.5)

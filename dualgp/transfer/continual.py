@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dualgp.checks import check_number, check_tensor, check_value
 from dualgp.errors import InputError, NotPositiveDefiniteError
+from dualgp.fingerprints import fingerprints
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 from dualgp.transfer.curvature import network_curvature
 from dualgp.transfer.memory import MemorySet
@@ -267,6 +268,7 @@ class KPrior:
             y: their targets, as they were trained on.
 
         Raises:
+            InputError: if some are in memory; of those, take the loss away: `K.term() - replay(x, y, likelihood)`.
             NotPositiveDefiniteError: if they were no part of the quadratic.
         """
         return self.remember(network, x).term() - replay(x, y, self.likelihood)
@@ -275,8 +277,14 @@ class KPrior:
         """Return the same with data moved from the quadratic to the memory.
 
         Raises:
+            InputError: if some are in memory already, where they would count twice.
             NotPositiveDefiniteError: if they were no part of the quadratic.
         """
+        if (twice := _rows_held(self.memory.x, x)) > 0:
+            raise InputError(
+                f"{twice} of {len(x)} inputs are in memory already, and no part of the quadratic. What is in memory is "
+                "taken out by its loss alone: K.term() - replay(x, y, likelihood)."
+            )
         moved = replace(self, memory=self.memory.join(MemorySet.of(network, x)))
         q, site = self.posterior, self.posterior.site
         if site is None or not bool(site.B.any()):
@@ -309,3 +317,11 @@ class KPrior:
         Quadratics in w say nothing of other weights: M must stand for all data, by its weights if it is smaller.
         """
         return soft_labels(self.memory, self.likelihood) + quadratic(prior)
+
+
+def _rows_held(held: Tensor, x: Tensor) -> int:
+    """Return how many rows of x are rows of `held`, to the last bit."""
+    if held.shape[1:] != x.shape[1:] or held.dtype != x.dtype or not len(x) or not len(held):
+        return 0
+    known = set(fingerprints(held.cpu()).tolist())
+    return sum(key in known for key in fingerprints(x.cpu()).tolist())

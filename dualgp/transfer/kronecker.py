@@ -190,7 +190,8 @@ class KroneckerPosterior:
         tensors = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
         like = site.lam if site is not None else next(tensors, torch.zeros(()))
         self.layout, self.site = layout, site
-        parts = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (prior_mean, prior_precision)]
+        # Copies: callers may write to their own.
+        parts = [torch.as_tensor(v).to(like).clone() for v in (prior_mean, prior_precision)]
         if any(part.shape not in ((), (layout.size,)) for part in parts):
             raise InputError(
                 f"For {layout.size} weights prior_mean and prior_precision are numbers or [{layout.size}]; got "

@@ -54,7 +54,7 @@ def expanded_site(mean: Float[Tensor, "P"], gradient: Float[Tensor, "P"], curvat
             f"mean must be numbers of shape {tuple(gradient.shape)}, as the gradient, got {mean.dtype} "
             f"{tuple(mean.shape)}."
         )
-    return WeightSite(apply_precision(site.B, mean) - gradient, site.B)
+    return WeightSite(apply_precision(site.B, mean) - gradient, site.B.clone())  # the caller may write to its own
 
 
 def fine_tuned(base: WeightPosterior, mean: Float[Tensor, "P"], curvature: Tensor) -> WeightPosterior:

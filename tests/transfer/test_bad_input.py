@@ -185,7 +185,7 @@ def test_data_that_were_no_part_of_the_quadratic_are_not_taken_out_of_the_prior(
     network, x = nn.Linear(2, 1), torch.randn(6, 2)
     K = KPrior.of(network, x[:2], LOGIT, prior_precision=50.0, rest=torch.full((3,), 1e-3))
     with pytest.raises(errors.NotPositiveDefiniteError, match="no part of the quadratic"):
-        K.remove_data(network, x, torch.ones(6, 1))
+        K.remove_data(network, x[2:], torch.ones(4, 1))
 
 
 def test_a_memory_leaves_a_batch_norm_that_trains_alone():

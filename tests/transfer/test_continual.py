@@ -269,6 +269,13 @@ def test_rules_of_streams_choose_memory():
         select_memory(f, y, likelihood, 2, rule="oldest")
 
 
+def test_data_in_memory_are_not_removed_from_the_quadratic_besides():
+    net, x, y = nn.Linear(2, 1).double(), torch.randn(6, 2).double(), torch.ones(6, 1).double()
+    prior = KPrior.of(net, x, GaussianLikelihood().double(), prior_precision=1.0)
+    with pytest.raises(errors.InputError, match=r"^2 of 3 inputs are in memory already.*K.term\(\) - replay"):
+        prior.remove_data(net, torch.cat([x[:2], x[:1] + 1]), y[:3])
+
+
 def test_what_cannot_be_remembered_is_refused():
     net, x = linear(), torch.randn(3, 4, dtype=F64)
     with pytest.raises(errors.UnsupportedError, match="no canonical link"):

@@ -328,3 +328,11 @@ def test_bad_curvatures_and_losses_are_refused():
         gradient_mismatch(network, q.mean, [lambda f: torch.ones(())], [q])
     with pytest.raises(errors.InputError, match="one loss for each of 1"):
         gradient_mismatch(network, q.mean, [], [q])
+
+
+def test_a_model_owns_its_curvature():
+    base, buffer = WeightPosterior(WeightLayout({"w": torch.Size([2])}), prior_precision=1.0), torch.ones(2)
+    models = []
+    for mean, curvature in ((1.0, 1.0), (2.0, 3.0)):
+        models.append(fine_tuned(base, torch.full((2,), mean), buffer.fill_(curvature)))
+    torch.testing.assert_close(merge(models).mean, torch.full((2,), (2 * 1.0 + 4 * 2.0) / 5))
