@@ -90,6 +90,19 @@ def test_the_dtype_is_that_of_the_marginals():
     assert found.mean.dtype == found.stddev.dtype == torch.float32
 
 
+def test_log_densities_take_the_finer_rule_too():
+    likelihood = LaplaceLikelihood().double()
+    found = log_predictive(likelihood, HEAVY, MEANS, VARS)
+    assert gap(found, predictive_distribution(likelihood, MEANS, VARS).log_prob(HEAVY)) < 1e-9
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([True, False, True, True]), at(0.0, 1.0, float("nan"), 1.0)])
+def test_targets_that_are_no_numbers_are_refused(bad):
+    y = bad[: len(MEANS)]
+    with pytest.raises(errors.InputError, match=rf"^y must hold finite numbers or integer labels, got {y.dtype}"):
+        log_predictive(BernoulliLikelihood(), y, MEANS[: len(y)], VARS[: len(y)])
+
+
 @pytest.mark.parametrize(
     ("mean", "var"),
     [(float("nan"), 1.0), (float("inf"), 1.0), (0.0, float("inf")), (0.0, float("nan")), (0.0, -1.0), (0.0, -0.25)],
