@@ -92,7 +92,9 @@ def leave_one_out(
     HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
 
     Args:
-        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`.
+        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`. (A network with a diagonal
+            structure leaves out exactly by its own `NetworkPosterior.leave_one_out`; here φᵀBφ is taken out, not its
+            diagonal.)
         x: inputs, [n, D] or [n, *input_shape].
         y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
