@@ -14,7 +14,7 @@ from dualgp.basis import Basis, Features
 from dualgp.checks import check_tensor
 from dualgp.errors import BasisMismatchError, InputError
 from dualgp.kernels import JacobianBlock, NetworkJacobian
-from dualgp.linalg import row_chunks
+from dualgp.linalg import first_tensor, row_chunks
 from dualgp.sites import Site
 from dualgp.spans import Span, coupled_span, independent_span, least_tol
 
@@ -55,7 +55,8 @@ class JacobianBasis(Basis):
         self.jacobian = jacobian
         self._tau = _per_tensor(jacobian, prior_precision)
         if not isinstance(prior_precision, float | int):  # of a caller who may write to it
-            prior_precision = torch.as_tensor(prior_precision).detach().clone()
+            device = first_tensor(prior_precision).device
+            prior_precision = torch.as_tensor(prior_precision, device=device).detach().clone()
         self.prior_precision = prior_precision
         self._span = span
         self._sd = float(self._tau[0].rsqrt())
@@ -243,7 +244,7 @@ class JacobianBasis(Basis):
                 "them, by basis.with_prior_precision(...); for any other change, project the data anew."
             )
         else:
-            factor = factor.repeat_interleave(torch.tensor([shape.numel() for shape in self.jacobian.shapes]))
+            factor = factor.repeat_interleave(self._sizes())
         factor = factor.to(site.lam.device)
         return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
 
@@ -282,8 +283,10 @@ class JacobianBasis(Basis):
 
     def _each_parameter(self) -> Tensor:
         """τ of each parameter, [P] in float64."""
-        sizes = torch.tensor([shape.numel() for shape in self.jacobian.shapes])
-        return self._tau.repeat_interleave(sizes).to(self.device)
+        return self._tau.repeat_interleave(self._sizes()).to(self.device)
+
+    def _sizes(self) -> Tensor:
+        return torch.tensor([shape.numel() for shape in self.jacobian.shapes], device="cpu")
 
     @torch.no_grad()
     def coordinates(self, direction: Tensor) -> Tensor:
@@ -336,7 +339,7 @@ def _check_inputs(jacobian: NetworkJacobian, x: Tensor) -> int:
 def _per_tensor(jacobian: NetworkJacobian, prior_precision: Precision) -> Tensor:
     """The prior precision of each parameter tensor, in float64."""
     try:
-        tau = torch.as_tensor(prior_precision, dtype=torch.float64).detach().cpu().clone()
+        tau = torch.as_tensor(prior_precision, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"prior_precision must be a positive number, got {prior_precision!r}.") from error
     count = len(jacobian.shapes)

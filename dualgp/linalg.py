@@ -218,3 +218,11 @@ def check_fits(count: int, dtype: torch.dtype, device: torch.device, what: str, 
             f"{what[0].upper()}{what[1:]} would take {needed / 2**30:.3g} GiB, and {device} has "
             f"{held / 2**30:.3g} GiB: {remedy}."
         )
+
+
+def first_tensor(*values: object) -> Tensor:
+    """Return the first tensor among values: its dtype and device are those of the numbers beside it.
+
+    A float32 zero on the CPU where there is none.
+    """
+    return next((v for v in values if isinstance(v, Tensor)), torch.zeros((), device="cpu"))

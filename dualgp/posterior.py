@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualgp.basis import Basis, Features, InducingBasis, SiteSum
 from dualgp.checks import check_generator, check_number
+from dualgp.draws import normal
 from dualgp.errors import BasisMismatchError, InputError, check_count
 from dualgp.linalg import logdet, mul_lower, precision_cholesky, squared_norms, symmetrise, tri_inverse
 from dualgp.sites import Site, Sites, check_sites_are_finite
@@ -242,7 +243,7 @@ class Posterior(Generic[BasisT]):
             cov, mean = joint.covariance_matrix.double(), joint.mean.double()
         values, vectors = torch.linalg.eigh(cov)
         root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-        noise = torch.randn(num_samples, *mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        noise = normal((num_samples, *mean.shape), mean, generator)
         draws = mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
         return draws.reshape(num_samples, *joint.mean.shape).to(self.basis.dtype)
 
@@ -250,7 +251,7 @@ class Posterior(Generic[BasisT]):
         """Draws of f = μ + φw at one draw of w for all x: w = w̄ + C⁻ᵀε, of covariance P⁻¹."""
         self.basis.check_inputs(x)
         shape = (num_samples, *self.mean_w.shape)
-        noise = torch.randn(shape, dtype=self.mean_w.dtype, device=self.mean_w.device, generator=generator)
+        noise = normal(shape, self.mean_w, generator)
         w = self.mean_w + (noise.unsqueeze(-2) @ self.chol_inv).squeeze(-2)
         parts = [noise.new_zeros(*shape[:-1], 0)]
         for _, features in self.basis.blocks(x):

@@ -30,13 +30,13 @@ def _hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
 def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
     """Return nodes and weights for an expectation under N(0, 1), on the device and in the dtype of `like`."""
     x, w = _hermite(num_nodes)
-    return torch.as_tensor(x).to(like), torch.as_tensor(w).to(like)
+    return torch.from_numpy(x).to(like), torch.from_numpy(w).to(like)
 
 
 def gauss_legendre(num_nodes: int, like: Tensor) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
     """Return nodes and weights for an integral from 0 to 1, on the device and in the dtype of `like`."""
     x, w = np.polynomial.legendre.leggauss(num_nodes)
-    return torch.as_tensor(0.5 + 0.5 * x).to(like), torch.as_tensor(0.5 * w).to(like)
+    return torch.from_numpy(0.5 + 0.5 * x).to(like), torch.from_numpy(0.5 * w).to(like)
 
 
 def hermite_points(mean: Tensor, var: Tensor, num_nodes: int = NUM_NODES) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ class Sites:
         obvious; `Posterior.project` does it in chunks.
         """
         if self.coupled:
-            alpha = self.alpha(torch.as_tensor(offset, dtype=self.lam.dtype).expand(self.lam.shape))
+            mean = torch.as_tensor(offset, dtype=self.lam.dtype, device=self.lam.device)
+            alpha = self.alpha(mean.expand(self.lam.shape))
             rows, weights = self.rotate(features)
             flat = features.flatten(-3, -2)
             return Site((flat.mT @ alpha.flatten(-2).unsqueeze(-1)).squeeze(-1), (rows.mT * weights) @ rows)

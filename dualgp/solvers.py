@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dualgp.draws import normal, uniform
 from dualgp.errors import InputError, SolverError, check_count
 from dualgp.linalg import check_fits, logdet, psd_cholesky, tri_inverse
 
@@ -134,7 +135,7 @@ class LowRankPreconditioner:
     def sample(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "n s"]:
         """Return draws of N(0, P): ε + F ε'."""
         k, n = self.rows.shape
-        noise = torch.randn(n + k, count, dtype=torch.float64, generator=generator).to(self.rows.device)
+        noise = normal((n + k, count), self.rows.new_empty(0, dtype=torch.float64), generator)
         return noise[:n] + self.lift(noise[n:])
 
     def project(self, b: Float[Tensor, "n w"]) -> Float[Tensor, "k w"]:
@@ -306,5 +307,5 @@ def trace(multiply: Multiply, n: int, *, num_probes: int = 16, generator: torch.
         Estimate(value=10.0, standard_error=0.0)
     """
     check_count("num_probes", num_probes, 2)
-    z = (torch.rand(n, num_probes, dtype=torch.float64, generator=generator) < 0.5).double() * 2 - 1
+    z = (uniform((n, num_probes), torch.device("cpu"), generator) < 0.5).double() * 2 - 1
     return mean_of((z * multiply(z)).sum(0))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dualgp.checks import check_generator, check_number, check_tensor, check_value
+from dualgp.draws import normal
 from dualgp.errors import BasisMismatchError, InputError, check_count
-from dualgp.linalg import logdet, precision_cholesky
+from dualgp.linalg import first_tensor, logdet, precision_cholesky
 from dualgp.sites import WeightSite, add_precisions, apply_precision
 from dualgp.threads import ONE_AT_A_TIME
 
@@ -138,7 +139,7 @@ class WeightPosterior:
     ) -> None:
         check_value("prior_mean", prior_mean)
         check_value("prior_precision", prior_precision)
-        like = site.lam if site is not None else _first_tensor(prior_mean, prior_precision)
+        like = site.lam if site is not None else first_tensor(prior_mean, prior_precision)
         P = layout.size
         prior_mean = torch.as_tensor(prior_mean, dtype=like.dtype, device=like.device)
         prior_precision = torch.as_tensor(prior_precision, dtype=like.dtype, device=like.device)
@@ -198,7 +199,7 @@ class WeightPosterior:
         check_generator(generator)
         dtype = self.mean.dtype if self._chol is None else torch.float64
         shape = (num_samples, self.layout.size)
-        noise = torch.randn(shape, dtype=dtype, device=self.mean.device, generator=generator)
+        noise = normal(shape, self.mean.new_empty(0, dtype=dtype), generator)
         if self._chol is None:
             return noise.mul_(self.precision.rsqrt()).add_(self.mean)
         half = torch.linalg.solve_triangular(self._chol, noise, upper=False, left=False)  # εC⁻¹, of covariance S⁻¹
@@ -353,7 +354,3 @@ def check_layouts(posteriors: Iterable[HasLayout]) -> None:
                 f"Posteriors over the same weights were expected; {differ[:4]} differ in name, shape or order. They "
                 "may come from other networks, or from layouts of other subsets."
             )
-
-
-def _first_tensor(*values: Tensor | Number) -> Tensor:
-    return next((v for v in values if isinstance(v, Tensor)), torch.zeros(()))

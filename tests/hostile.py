@@ -422,7 +422,7 @@ def _calls() -> dict[str, Call]:
         "fine_tuned": function(transfer.fine_tuned, base=weights(), mean=_mean(), curvature=_mean().abs()),
         "expanded_site": function(transfer.expanded_site, mean=_mean(), gradient=_mean(), curvature=_mean().abs()),
         "FederatedServer.start": function(
-            transfer.FederatedServer.start, prior=weights(), clients=["a", "b"], rho=0.5, penalty=1.0
+            transfer.FederatedServer.start, prior=weights().as_prior(), clients=["a", "b"], rho=0.5, penalty=1.0
         ),
         "FederatedServer.task": method(server, "task", client="a"),
         "FederatedServer.close": method(server, "close", replies=[server().task("a").reply(_mean(), _mean().abs())]),
@@ -473,8 +473,11 @@ def _calls() -> dict[str, Call]:
             prior_precision=1.0,
             temperature=1.0,
             init_std=0.1,
+            total_steps=10,
         ),
-        "IVON of": function(optim.IVON, params=[torch.ones(3, requires_grad=True)], num_data=12, prior_precision=1.0),
+        "IVON of": function(
+            optim.IVON, params=[torch.ones(3, requires_grad=True)], num_data=12, prior_precision=1.0, total_steps=10
+        ),
         "Stop": function(active.Stop, budget=3, tol=0.1, patience=2),
     }
     calls |= _optimisers() | _pictures()
@@ -537,7 +540,7 @@ def _pictures() -> dict[str, Call]:
         "plot_data_scores_2d": plot(plotting.plot_data_scores_2d, x=X, scores=Y, chosen=torch.arange(3)),
         "plot_images": plot(plotting.plot_images, images=images, columns=6),
         "plot_sensitivity_images": plot(
-            plotting.plot_sensitivity_images, images=images, scores=Y[:2], columns=2, rows=1
+            plotting.plot_sensitivity_images, images=images, scores=Y[:2], columns=2, rows=2
         ),
         "plot_leverage": plot(plotting.plot_leverage, _gp("regression"), x=X, sites=regression_sites()),
         "plot_posterior_1d": plot(plotting.plot_posterior_1d, line_gp(), x=line),

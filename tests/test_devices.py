@@ -9,7 +9,8 @@ from gpytorch.likelihoods import BernoulliLikelihood, GaussianLikelihood, Softma
 from torch import nn
 from toys import F64, gap, waves
 
-from dualgp import DualGP, leverage, network_gp
+from dualgp import DualGP, ExactGP, WeightLayout, WeightPosterior, leverage, network_gp
+from dualgp.errors import InputError
 
 
 def problem(name: str):
@@ -24,6 +25,32 @@ def problem(name: str):
 
 def kernel():
     return ScaleKernel(MaternKernel(ard_num_dims=2)).double()
+
+
+def test_data_elsewhere_than_the_kernel_are_refused_by_name():
+    x, y, likelihood, _ = problem("gaussian")
+    for gp in (DualGP(kernel().to("meta"), likelihood, num_inducing=8), ExactGP(kernel().to("meta"), likelihood)):
+        with pytest.raises(InputError, match=r"X is on cpu and kernel\.\S+ on meta; move one"):
+            gp.fit(x, y)
+    gp = DualGP(kernel().to("meta"), likelihood, num_inducing=8)
+    with pytest.raises(InputError, match=r"X is on cpu and kernel\.\S+ on meta; move one"):
+        gp.update(x, y)
+    assert gp.inducing_points is None
+
+
+def test_a_generator_of_the_cpu_draws_the_same_for_every_device(device):
+    def drawn(place: torch.device) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        layout = WeightLayout.of(nn.Linear(3, 1))
+        weights = WeightPosterior(layout, prior_mean=torch.zeros(4, device=place), prior_precision=2.0)
+        x, y, likelihood, _ = problem("gaussian")
+        gp = DualGP(kernel(), likelihood, num_inducing=8).to(place)
+        gp.update(x.to(place), y.to(place), learn_hyperparameters=False)
+        return [weights.sample(3, generator=g).cpu(), gp.posterior.sample(x[:5].to(place), 3, generator=g).cpu()]
+
+    here, there = drawn(torch.device("cpu")), drawn(device)
+    assert torch.equal(here[0], there[0])
+    assert gap(here[1], there[1]) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore::dualgp.errors.ConvergenceWarning")

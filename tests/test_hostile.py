@@ -8,7 +8,7 @@ import torch
 from hostile import CLASSES, LABELS, SOFTMAX, X, Y
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import F64, same_bits
+from toys import F64, same_bits, unchecked
 
 from dualgp import DualGP, WeightPosterior, WeightSite, active, network_gp, transfer
 
@@ -50,8 +50,21 @@ def test_every_argument_spoiled_in_every_way(name):
     assert {case: wrong for case, wrong in found.items() if wrong} == {}
 
 
+@pytest.mark.filterwarnings("ignore")  # some fits are short
 def test_the_arguments_that_are_spoiled_are_right():
     assert {name: wrong for name in hostile.calls() if (wrong := hostile.obey(name))} == {}
+    with unchecked():
+        for call in hostile.calls().values():
+            call.how(call.of(), **call.given)
+
+
+@pytest.mark.filterwarnings("ignore")  # some fits are short
+def test_what_is_made_is_where_the_data_are_whatever_the_default_device():
+    """Nothing on "meta" has a value: a tensor that named no device would not come through."""
+    for call in hostile.calls().values():
+        subject = call.of()
+        with unchecked(), torch.device("meta"):
+            call.how(subject, **call.given)
 
 
 # --- tensors that change after the call -----------------------------------------------------------

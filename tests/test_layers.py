@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "dualgp"
 # each other; two names on one floor may not.
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "threads", "_quiet", "_version"},
-    1: {"checks", "linalg", "files", "fingerprints"},
+    1: {"checks", "draws", "linalg", "files", "fingerprints"},
     2: {"sites", "kernels", "quadrature", "likelihoods", "solvers"},
     3: {"duals", "basis", "inducing", "distributed", "spans", "selection"},
     4: {"information", "jacobian", "laplace", "posterior", "predictive", "weights"},

@@ -43,7 +43,7 @@ def check_candidates(x: Tensor, what: str = "Candidates") -> None:
     check_tensor(what, x)
     if x.ndim < 2 or not len(x):
         raise InputError(f"{what} must have at least one row, [n, D] or [n, *input_shape], got {tuple(x.shape)}.")
-    bad = ~x.isfinite().flatten(1).all(1) if x.is_floating_point() else torch.zeros(len(x), dtype=torch.bool)
+    bad = ~x.isfinite().flatten(1).all(1) if x.is_floating_point() else x.new_zeros(len(x), dtype=torch.bool)
     if bad.any():
         raise InputError(
             f"{what} must be finite; {int(bad.sum())} of {len(x)} rows hold NaN or infinity, the first being row "

@@ -17,8 +17,10 @@ from dualgp.active.batch import Selection, select
 from dualgp.active.field import check_candidates
 from dualgp.active.scores import RULES, Rule, random
 from dualgp.checks import check_tensor
+from dualgp.draws import whole_number
 from dualgp.errors import InputError, check_count
 from dualgp.fingerprints import fingerprints
+from dualgp.linalg import first_tensor
 from dualgp.selection import check_rule
 
 Learn = Callable[[Any, Tensor, Tensor], Any]
@@ -145,14 +147,14 @@ class PoolLoop:
         self._learn, self._all_data = learn or learn_more, all_data
         self._options: dict[str, Any] = {"diverse": diverse, "shortlist": shortlist, "targets": targets, "level": level}
         self._start = model
-        self._seed = 0 if generator is None else int(torch.randint(1 << 62, (), generator=generator))
+        self._seed = 0 if generator is None else whole_number(1 << 62, generator)
         self._rounds: tuple[_Round, ...] = ()
         self._asked: Selection | None = None
 
     @property
     def ids(self) -> Int[Tensor, "k"]:
         """Which rows of the pool are labelled, in the order they were told."""
-        return torch.cat([torch.zeros(0, dtype=torch.long), *(r.ids for r in self._rounds)])
+        return torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *(r.ids for r in self._rounds)])
 
     @property
     def y(self) -> Tensor | None:
@@ -162,14 +164,14 @@ class PoolLoop:
     @property
     def left(self) -> Int[Tensor, "m"]:
         """Which rows are not labelled, in ascending order."""
-        free = torch.ones(len(self.pool), dtype=torch.bool)
+        free = torch.ones(len(self.pool), dtype=torch.bool, device="cpu")
         free[self.ids] = False
         return free.nonzero().squeeze(-1)
 
     @property
     def best(self) -> Float[Tensor, "r"]:
         """The best score of each round, when it was asked for; NaN where labels came unasked."""
-        return torch.tensor([r.best for r in self._rounds], dtype=torch.float64)
+        return torch.tensor([r.best for r in self._rounds], dtype=torch.float64, device="cpu")
 
     @property
     def why(self) -> str | None:
@@ -289,10 +291,10 @@ class PoolLoop:
             raise InputError(f"Asked for {count} labels, but {len(left)} of the pool's {len(self.pool)} rows are left.")
         if self._asked is not None and len(self._asked.indices) == count:
             return self._asked
-        generator = torch.Generator().manual_seed((self._seed + len(self._rounds)) % (1 << 63))
+        generator = torch.Generator("cpu").manual_seed((self._seed + len(self._rounds)) % (1 << 63))
         if self.rule is random:  # which asks nothing of the model
-            order = torch.randperm(len(left), generator=generator)[:count]
-            self._asked = Selection(left[order], torch.zeros(count, dtype=torch.float64))
+            order = torch.randperm(len(left), device="cpu", generator=generator)[:count]
+            self._asked = Selection(left[order], torch.zeros(count, dtype=torch.float64, device="cpu"))
             return self._asked
         found = select(self.model, self.pool[left], count, self.rule, generator=generator, **self._options)
         self._asked = Selection(left[found.indices.cpu()], found.scores)
@@ -327,7 +329,7 @@ class _Round:
 
 def _as_rows(ids: Any) -> Tensor:
     try:
-        rows = torch.as_tensor(ids)
+        rows = torch.as_tensor(ids, device=first_tensor(ids).device)
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"Rows of the pool must be whole numbers, got {ids!r}.") from e
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):

@@ -34,6 +34,7 @@ from dualgp.active.field import (
     moments,
 )
 from dualgp.checks import check_generator
+from dualgp.draws import uniform
 from dualgp.errors import InputError
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
 from dualgp.quadrature import gauss_legendre
@@ -217,7 +218,7 @@ def prospects(
 ) -> Prospects:
     """Return what rules look at, but for the joint Gaussian."""
     check_generator(generator)
-    keys = torch.rand(len(x), dtype=torch.float64, generator=generator)
+    keys = uniform((len(x),), torch.device("cpu"), generator)
     return Prospects(q.likelihood, *moments(q, x), params, level, keys)
 
 

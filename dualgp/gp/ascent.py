@@ -186,7 +186,7 @@ def gradient(
     """Return the gradient of the bound and the log prior, and its standard errors over groups of probes."""
     parameters = hyper.trained()
     probes = states[0].u.shape[-1]
-    cuts = torch.linspace(0, probes, min(groups, probes) + 1).round().int().tolist()
+    cuts = torch.linspace(0, probes, min(groups, probes) + 1, device="cpu").round().int().tolist()
     several = []
     with torch.enable_grad():
         for first, last in itertools.pairwise(cuts):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualgp.checks import check_tensor, recordable
 from dualgp.distributed import ALONE, Ranks
@@ -120,6 +120,13 @@ def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> 
             f"{what} must be finite; {int((~finite).sum())} values are NaN or infinite, the first in row {row}. "
             "Drop or impute them."
         )
+
+
+def check_device(x: Tensor, model: nn.Module) -> None:
+    """Raise InputError unless x is where the kernel and the likelihood are."""
+    for name, parameter in model.named_parameters():
+        if parameter.device != x.device:
+            raise InputError(f"X is on {x.device} and {name} on {parameter.device}; move one with .to(...).")
 
 
 def has_multi_targets(likelihood: Likelihood, num_outputs: int | None) -> bool:

@@ -182,7 +182,7 @@ def _visit(q: Posterior, made_of: Sites | None, likelihood: Likelihood, source: 
     if made_of is None and wanted is not None:
         made_of = wanted * 0.0
     own = total.site()
-    number = torch.tensor(count, dtype=torch.float64)
+    number = own.lam.new_tensor(count, dtype=torch.float64)
     lam_sum, B_sum, fit, constants, number = source.ranks.sum(own.lam, own.B, fit, constants, number)
     (elbo,) = source.ranks.first(fit - q.kl().sum() + q.expected_log(base))  # which all decide by, to the last bit
     value = float(elbo) if math.isfinite(float(elbo)) else -math.inf

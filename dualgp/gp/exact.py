@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from dualgp.basis import InducingBasis
 from dualgp.checks import check_number
+from dualgp.draws import normal
 from dualgp.duals import num_outputs_of
 from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_count
 from dualgp.gp import exact_storage
 from dualgp.gp.arguments import check_arguments
 from dualgp.gp.ascent import Search, ascend, gradient, stacked
-from dualgp.gp.data import check_inputs, check_training_data
+from dualgp.gp.data import check_device, check_inputs, check_training_data
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.products import Effort, Fitted
 from dualgp.gp.progress import Progress, TracePoint
@@ -132,7 +133,7 @@ class ExactGP(nn.Module):
         fixed = num_outputs_of(likelihood)
         self.num_outputs = num_outputs if fixed is None else fixed
         self.tol, self.effort = tol, Effort(rank, num_probes, 1e-4, max_iterations, backend)
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
         self.result: ExactResult | None = None
         self._fitted: Fitted | None = None
         self._stored: dict[str, Tensor] = {}  # a fit that was loaded, until it is asked for
@@ -169,9 +170,10 @@ class ExactGP(nn.Module):
         if isinstance(X, Tensor) and X.ndim != 2:
             raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs)
+        check_device(data.x, self)
         data = replace(data, x=data.x.clone(), y=data.y.clone())  # kept: the caller may change its own
         shape = len(data) + min(self.effort.rank, len(data)), self.effort.num_probes
-        noise = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(X.device)
+        noise = normal(shape, X.new_empty(0, dtype=torch.float64), self.generator)
         hyper = Hyper(
             self.kernel, self.mean, self.likelihood, data.x[:1], dtype=X.dtype,
             num_outputs=self.num_outputs, jitter=0.0, learn_inducing=False, learn_hyperparameters=learn_hyperparameters,

@@ -40,9 +40,9 @@ _SCHEMA: files.Schema = {
 def pack(fitted: Fitted) -> dict[str, Tensor]:
     """Return the tensors that a fit is made of: n · (2S + 5 + D) numbers for one output, none n × rank."""
     data, process, states = fitted.data, fitted.process, fitted.states
-    held = {"x": data.x, "y": data.y, "noise": process.noise, "pivots": torch.tensor(process.pivots)}
+    held = {"x": data.x, "y": data.y, "noise": process.noise, "pivots": torch.tensor(process.pivots, device="cpu")}
     held |= {name: torch.stack([getattr(s, name) for s in states]) for name in _OF_STATES}
-    held["kl"] = torch.tensor([list(s.kl) for s in states], dtype=torch.float64)
+    held["kl"] = torch.tensor([list(s.kl) for s in states], dtype=torch.float64, device="cpu")
     parameters = {PARAMETER + name: values for name, values in data.params.items()}
     return {FIT + name: values for name, values in held.items()} | parameters
 

@@ -16,7 +16,7 @@ from dualgp.basis import InducingBasis
 from dualgp.duals import dual_parameters, expected_log_prob
 from dualgp.errors import InputError, NotFittedError
 from dualgp.gp import stream
-from dualgp.gp.data import Data, check_data, check_inputs
+from dualgp.gp.data import Data, check_data, check_device, check_inputs
 from dualgp.posterior import Posterior
 from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
@@ -177,7 +177,9 @@ class FittedGP(nn.Module):
         return InducingBasis(kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
 
     def _check(self, x: Tensor, y: Tensor, **params: Tensor) -> Data:
-        return check_data(self.likelihood, x, y, self.num_outputs, params)
+        data = check_data(self.likelihood, x, y, self.num_outputs, params)
+        check_device(data.x, self)
+        return data
 
     def _inputs(self, x: Tensor) -> Tensor:
         check_inputs(x, num_dims=self.posterior.basis.inducing_points.shape[-1], what="x")

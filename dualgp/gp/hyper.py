@@ -87,7 +87,7 @@ class Hyper(gpytorch.Module):
         start = 0
         for c in self._coordinates():
             stop = start + c.parameter.numel()
-            c.write(torch.as_tensor(values[start:stop]).to(c.parameter).reshape(c.parameter.shape))
+            c.write(torch.from_numpy(values[start:stop]).to(c.parameter).reshape(c.parameter.shape))
             start = stop
 
     def vector_gradient(self, gradient: list[Tensor]) -> np.ndarray:

@@ -79,7 +79,7 @@ def _own_generator(generator: torch.Generator | None, ranks: Ranks) -> torch.Gen
     """A generator of this rank's own, seeded by that of rank 0: ranks may all have been given the same seed."""
     device = "cpu" if generator is None else generator.device
     (seed,) = ranks.first(torch.randint(2**31, (), generator=generator, device=device))
-    return torch.Generator().manual_seed(int(seed) + ranks.rank)
+    return torch.Generator("cpu").manual_seed(int(seed) + ranks.rank)
 
 
 def gather(data: Data, ranks: Ranks) -> Data:
@@ -127,7 +127,7 @@ def sample_rows(data: Data, size: int, generator: torch.Generator | None, ranks:
 
     They are the data that one process would draw of all, and in its order.
     """
-    ends = ranks.cat(torch.tensor([len(data)]), 0).cumsum(0)
+    ends = ranks.cat(torch.tensor([len(data)], device="cpu"), 0).cumsum(0)
     n, start = int(ends[-1]), int(ends[ranks.rank]) - len(data)
     rows = random_rows(n, size, generator, data.x.device)
     (rows,) = ranks.first(rows)

@@ -22,7 +22,7 @@ from dualgp.errors import InputError
 from dualgp.gp import storage, stream
 from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_mode, check_same
 from dualgp.gp.condition import Conditioned, condition
-from dualgp.gp.data import Data, check_inputs, check_training_data, check_weights
+from dualgp.gp.data import Data, check_device, check_inputs, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
 from dualgp.gp.fitted import FittedGP
 from dualgp.gp.hyper import Hyper
@@ -103,7 +103,7 @@ class DualGP(FittedGP):
         check_arguments(kernel, likelihood, mean, num_inducing, inducing_points, num_outputs, jitter)
         check_memory(memory, memory_rule, window)
         self.memory_size, self.memory_rule, self.window = memory, memory_rule, window
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
         self.kernel, self.likelihood, self.mean = kernel, likelihood, mean
         self.num_inducing = num_inducing
         fixed = num_outputs_of(likelihood)
@@ -399,6 +399,7 @@ class DualGP(FittedGP):
         if y is None:
             raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs, ranks)
+        check_device(data.x, self)
         return data if batch_size is None else TensorBatches(data, batch_size, generator)
 
     def _adopt(self, outcome: Outcome) -> None:

@@ -318,7 +318,7 @@ def _targets(
 
 
 def _check_group(group: Sequence[int] | Tensor, number: int, n: int) -> Tensor:
-    index = torch.as_tensor(group)
+    index = torch.as_tensor(group, device="cpu")
     if index.ndim != 1 or not len(index):
         raise InputError(f"Group {number} must be a list of at least one index, got shape {tuple(index.shape)}.")
     if index.is_floating_point() or index.dtype == torch.bool:

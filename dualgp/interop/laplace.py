@@ -25,6 +25,7 @@ from dualgp.fingerprints import Held
 from dualgp.jacobian import JacobianBasis, Precision
 from dualgp.kernels import NetworkJacobian
 from dualgp.laplace import laplace_sites
+from dualgp.linalg import first_tensor
 from dualgp.nets.centre import Recentring
 from dualgp.nets.data import Source, check_batch, rows_of
 from dualgp.nets.factors import Curvature, Dense, Diagonal, Kronecker
@@ -64,7 +65,7 @@ def from_laplace(la: Any, data: Any, *, y: Tensor | None = None) -> NetworkPoste
         )
     if not la.n_data:
         raise InputError(f"{type(la).__name__} is not fitted: call its fit(loader) first.")
-    if bool((torch.as_tensor(la.prior_mean) != 0).any()):
+    if bool((torch.as_tensor(la.prior_mean, device=first_tensor(la.prior_mean).device) != 0).any()):
         raise UnsupportedError("A prior mean other than 0 is not supported.")
     likelihood = _likelihood(la)
     source = Source(data, y, likelihood)
@@ -107,7 +108,7 @@ def to_laplace(q: NetworkPosterior) -> Any:
             "before data are added."
         )
     kind, sigma = _kind(q.likelihood)
-    tau = torch.as_tensor(q.prior_precision, dtype=basis.dtype)
+    tau = torch.as_tensor(q.prior_precision, dtype=basis.dtype, device=basis.device)
     model = copy.deepcopy(basis.jacobian.network)
     options = {"prior_precision": tau, "sigma_noise": sigma}
     theta = basis.jacobian.theta
@@ -125,7 +126,7 @@ def to_laplace(q: NetworkPosterior) -> Any:
         la.H = la.H_facs.decompose()
     fit = float("nan") if q.log_likelihood is None else q.log_likelihood
     la.mean, la.n_data, la.n_outputs, la.loss = theta, q.num_data, q.num_outputs, 0.0
-    la.loss = (torch.as_tensor(la.log_likelihood, dtype=torch.float64) - fit) * sigma**2
+    la.loss = (float(la.log_likelihood) - fit) * sigma**2
     model.output_size = q.num_outputs  # type: ignore[assignment]
     return la
 
@@ -176,13 +177,13 @@ def _network_of(la: Any) -> tuple[nn.Module, list[str]]:
 
 
 def _precision(la: Any, jacobian: NetworkJacobian) -> Precision:
-    tau = torch.as_tensor(la.prior_precision).detach().double().flatten()
+    tau = torch.as_tensor(la.prior_precision, device="cpu").detach().double().flatten()
     if len(tau) == 1:
         return float(tau)
     if len(tau) == len(jacobian.shapes):
         return tau
     firsts = tau[[s.start for s in jacobian.slices]]
-    if torch.equal(firsts.repeat_interleave(torch.tensor([s.numel() for s in jacobian.shapes])), tau):
+    if torch.equal(firsts.repeat_interleave(torch.tensor([s.numel() for s in jacobian.shapes], device="cpu")), tau):
         return firsts
     raise UnsupportedError("One prior precision for each parameter is not supported: one, or one for each tensor.")
 
@@ -235,7 +236,7 @@ def _joined(parts: list[Curvature]) -> Curvature:
 def _kfacs(posterior: StructuredPosterior, scale: float) -> list[list[Tensor]]:
     """Their factors [G, A] of each parameter tensor, or [B] of one with one dimension."""
     basis, kfacs = posterior.basis, []
-    jacobian, root = basis.jacobian, basis.whiten(torch.ones(basis.size)).reciprocal()
+    jacobian, root = basis.jacobian, basis.whiten(torch.ones(basis.size, device=basis.device)).reciprocal()
     for t, (name, shape, at) in enumerate(zip(jacobian.names, jacobian.shapes, jacobian.slices, strict=True)):
         block = posterior.site.blocks.get((t,))
         if block is None or (isinstance(block, Kronecker) and len(block.terms) > 1):

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
@@ -198,7 +198,7 @@ class NetworkJacobian:
             for parameter in selected:  # on the copy; the graph of a trace starts at these
                 parameter.requires_grad_()
             self.shapes = tuple(p.shape for p in selected)
-            stops = torch.tensor([0, *(p.numel() for p in selected)]).cumsum(0).tolist()
+            stops = [0, *accumulate(p.numel() for p in selected)]
             self.slices = tuple(slice(a, b) for a, b in pairwise(stops))
             self._scales: Tensor | None = None
             self._reader = Reader.verified(self._network, self.names, rows)

@@ -37,8 +37,8 @@ class Reader:
         parameters = [network.get_parameter(name) for name in names]
         with torch.enable_grad(), plain_kernels(network):
             f = as_outputs(network(x), len(x))
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
+        generator = torch.Generator("cpu").manual_seed(0)
+        u = torch.randn(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f)
         truth: dict[int, Tensor] = {}
         if f.requires_grad:
             try:

@@ -24,9 +24,9 @@ _GAIN = 1e-3  # λᵀP⁻¹λ, in the evidence of a network that the data left l
 def at_prior(q: NetworkPosterior, prior_precision: Precision | None) -> float:
     """Return log Z at a prior precision, the present one if None."""
     if prior_precision is None:
-        return float(q.sweep_evidence(torch.ones(1)))
+        return float(q.sweep_evidence(torch.ones(1, device="cpu")))
     q.basis.with_prior_precision(prior_precision)  # raises where it is no precision
-    new, old = (torch.as_tensor(tau, dtype=torch.float64) for tau in (prior_precision, q.prior_precision))
+    new, old = (torch.as_tensor(tau, dtype=torch.float64, device="cpu") for tau in (prior_precision, q.prior_precision))
     factor = (new / old).flatten()
     if bool((factor != factor[0]).any()):
         return q.with_prior_precision(prior_precision).log_marginal_likelihood()

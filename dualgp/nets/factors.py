@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -21,6 +21,7 @@ from dualgp.kernels.layers import ExplicitLayer, FactoredLayer, Layer, LookupLay
 from dualgp.linalg import symmetrise
 from dualgp.sites import Sites
 
+_ZERO = torch.zeros((), dtype=torch.float64, device="cpu")
 _SAME = 1e-10  # relative; factors closer than this are of the same data, computed again
 
 
@@ -183,7 +184,7 @@ class Kronecker(Curvature):
 class LayerSpectrum:
     """B = Q diag(values) Qᵀ of one layer, with Q = I, `left`, or `left` ⊗ `right` on weights [O, I]; 0 by default."""
 
-    values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # [p], or one for all
+    values: Tensor = _ZERO  # [p], or one for all
     left: Tensor | None = None
     right: Tensor | None = None
     bias: bool = False

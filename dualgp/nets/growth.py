@@ -33,7 +33,7 @@ def news(basis: JacobianBasis, x: Tensor, beta: float, limit: int) -> Tensor:
         beta: the greatest precision of their sites.
         limit: how many, at most.
     """
-    some = torch.linspace(0, len(x) - 1, min(len(x), _CANDIDATES)).round().long()
+    some = torch.linspace(0, len(x) - 1, min(len(x), _CANDIDATES), device=x.device).round().long()
     phi = basis.features(x[some]).phi.double()
     R = basis.residual_covariance(x[some], phi)
     if basis.coupled:

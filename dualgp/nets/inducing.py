@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dualgp.checks import check_generator
+from dualgp.draws import whole_number
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
 from dualgp.nets.data import Source
@@ -24,14 +25,15 @@ def sample_inputs(source: Source, count: int, dtype: torch.dtype, generator: tor
         generator: of the seed; a fixed one if None.
     """
     check_generator(generator)
-    seed = 0 if generator is None else int(torch.randint(1 << 20, (1,), generator=generator, device=generator.device))
-    kept, keys = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    seed = 0 if generator is None else whole_number(1 << 20, generator)
+    kept, keys = torch.zeros(0, device="cpu"), torch.zeros(0, dtype=torch.int64, device="cpu")
     for x, *_ in source:
         if len(keys) and x.shape[1:] != kept.shape[1:]:
             raise InputError(f"Inputs must have one shape, got {tuple(x.shape[1:])} after {tuple(kept.shape[1:])}.")
         rows = fingerprints(x.to(dtype) if x.is_floating_point() else x, seed=seed)
         kept, keys = (torch.cat([kept, x]), torch.cat([keys, rows])) if len(keys) else (x, rows)
         keys, where = keys.unique(return_inverse=True)
-        first = torch.full_like(keys, len(where)).scatter_reduce_(0, where, torch.arange(len(where)).to(where), "amin")
+        at = torch.arange(len(where), device=where.device)
+        first = torch.full_like(keys, len(where)).scatter_reduce_(0, where, at, "amin")
         keys, kept = keys[:count], kept[first[:count]]
     return kept

@@ -41,7 +41,7 @@ def _without(
     That is on the first so many coordinates, where the datum was added before Z grew.
     """
     lam, B = as_matrices(sites)
-    limit, one = limit_of(q.posterior, None), torch.ones(1, dtype=torch.float64)
+    limit, one = limit_of(q.posterior, None), torch.ones(1, dtype=torch.float64, device="cpu")
     order, parts = [], []
     for size in sizes.unique().tolist():
         of = (sizes == size).nonzero().flatten().to(lam.device)

@@ -14,6 +14,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
+from dualgp.draws import normal
 from dualgp.duals import conditional_log_prob, gaussian_noise
 from dualgp.errors import InputError, check_count
 
@@ -68,7 +69,7 @@ def class_log_probs(
     values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2) @ vectors.mT  # symmetric: continuous in V
     generator = torch.Generator(mean.device).manual_seed(0) if generator is None else generator
-    half = torch.randn((num_samples + 1) // 2, C, dtype=mean.dtype, device=mean.device, generator=generator)
+    half = normal(((num_samples + 1) // 2, C), mean, generator)
     noise = torch.cat([half, -half])
     step = max(1, _NUMBERS // noise.numel())
     parts = [

@@ -341,7 +341,7 @@ class NetworkPosterior:
             True
         """
         task = tuning.Task.of(self, method, data, y, link, progress)
-        factors = tuning.factors_of(self, torch.logspace(-6, 8, 57, dtype=torch.float64) if grid is None else grid)
+        factors = tuning.factors_of(self, tuning.GRID if grid is None else grid)
         return self.with_prior_precision(task.best(factors) * self.prior_precision)
 
     def sweep(

@@ -23,6 +23,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.special import digamma, erfinv, log_ndtr, loggamma, ndtri_exp, polygamma
 from torch import Tensor, nn
 
+from dualgp.draws import source, uniform
 from dualgp.errors import InputError, check_count
 from dualgp.threads import ONE_AT_A_TIME
 
@@ -135,7 +136,7 @@ def symmetric_weibull_(tensor: Tensor, theta: float, *, generator: torch.Generat
     if not (theta > 0 and math.isfinite(theta)):
         raise InputError(f"theta must be positive and finite, got {theta}.")
     with torch.no_grad():
-        u = torch.rand(tensor.shape, dtype=torch.float64, device=tensor.device, generator=generator)
+        u = uniform(tensor.shape, tensor.device, generator)
         sign = torch.where(u < 0.5, -1.0, 1.0)
         u = torch.where(u < 0.5, 2 * u, 2 * u - 1)  # uniform again, and independent of the sign
         return tensor.copy_(sign * (-torch.log1p(-u)).pow(1.0 / theta))
@@ -209,11 +210,11 @@ def preactivation_ks(
     check_count("num_samples", num_samples, 1)
     for width in widths or (0,):
         check_count("A width", width, 1)
-    ends = []
+    ends, device = [], source(torch.device("cpu"), generator)
     for count in _pieces(num_samples, max(a * b for a, b in zip(widths, (*widths[1:], 1), strict=True))):
-        z = torch.randn(count, widths[0], dtype=torch.float64, generator=generator)
+        z = torch.randn(count, widths[0], dtype=torch.float64, device=device, generator=generator)
         for n, m in zip(widths, (*widths[1:], 1), strict=True):
-            W = torch.empty(count, m, n, dtype=torch.float64)
+            W = z.new_empty(count, m, n)
             if theta is None:
                 W.normal_(generator=generator)
             else:

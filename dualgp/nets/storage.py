@@ -64,7 +64,7 @@ def save(q: NetworkPosterior, path: str | PathLike[str]) -> None:
     tensors = {f"span.{name}": value for name, value in span.items()}
     tensors |= {f"network.{name}": value for name, value in basis.jacobian.state_dict().items()}
     tensors |= {f"likelihood.{name}": value for name, value in q.likelihood.state_dict().items()}
-    tensors["prior_precision"] = torch.as_tensor(q.prior_precision, dtype=torch.float64)
+    tensors["prior_precision"] = torch.as_tensor(q.prior_precision, dtype=torch.float64, device="cpu")
     tensors |= {"pull": q.pull, "keys": q.held.keys, "sizes": q.held.sizes, "counts": q.held.counts}
     tensors |= {"lam": site.lam, "recentring": q.recentring.lam}
     if isinstance(q.posterior, StructuredPosterior):

@@ -19,6 +19,7 @@ from linear_operator import to_linear_operator
 from torch import Tensor
 
 from dualgp.checks import check_generator
+from dualgp.draws import normal
 from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, check_count
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
@@ -154,7 +155,7 @@ class StructuredPosterior:
         check_count("num_samples", num_samples, 1)
         check_generator(generator)
         lam = self.site.lam
-        noise = torch.randn(num_samples, len(lam), dtype=lam.dtype, device=lam.device, generator=generator).mT
+        noise = normal((num_samples, len(lam)), lam, generator).mT
         scale = (1.0 + self.eigenbasis.values).rsqrt().unsqueeze(-1)
         return (self.mean_w.unsqueeze(-1) + self.eigenbasis.back(scale * noise)).mT
 
@@ -296,5 +297,5 @@ class StructuredPosterior:
 
 def _tau(basis: JacobianBasis) -> Float[Tensor, "tensors"]:
     """The prior precision of each parameter tensor, in float64."""
-    tau = torch.as_tensor(basis.prior_precision, dtype=torch.float64).detach().cpu()
+    tau = torch.as_tensor(basis.prior_precision, dtype=torch.float64, device="cpu").detach()
     return tau.expand(len(basis.jacobian.shapes))

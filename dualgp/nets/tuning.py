@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualgp.nets.posterior import NetworkPosterior
 
 Method = Literal["evidence", "leave_one_out", "validation"]
+GRID = torch.logspace(-6, 8, 57, dtype=torch.float64, device="cpu")  # of prior precisions
 _FINER = 9  # values between the neighbours of the best, twice
 
 
@@ -117,7 +118,8 @@ class Task:
             found, around = float(factors[best]), factors[max(best - 1, 0) : best + 2].log()
             if len(factors) == 1:
                 break
-            factors = torch.linspace(float(around[0]), float(around[-1]), _FINER + 2, dtype=factors.dtype).exp()
+            low, high = float(around[0]), float(around[-1])
+            factors = torch.linspace(low, high, _FINER + 2, dtype=factors.dtype, device=factors.device).exp()
         return found
 
     def _score(self, batch: Batch, sweep: Iterator[FunctionBlocks]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,7 +147,7 @@ def factors_of(q: NetworkPosterior, grid: Tensor | Sequence[float]) -> Float[Ten
     Raises:
         InputError: if it is not a list of positive numbers.
     """
-    grid = torch.as_tensor(grid, dtype=torch.float64)
+    grid = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
     if grid.ndim != 1 or not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
         raise InputError(f"grid must hold positive numbers [k], got {grid.tolist()}.")
     tau = q.prior_precision

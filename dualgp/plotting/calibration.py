@@ -115,7 +115,7 @@ def _numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
     if isinstance(values, Tensor):
         check_tensor(name, values)
     try:
-        return torch.as_tensor(values, dtype=torch.float64)
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be numbers or a tensor of them, got {type(values).__name__}.") from error
 
@@ -138,6 +138,6 @@ def _of_intervals(p_y: Distribution, y: Tensor, num_bins: int) -> tuple[Tensor, 
         raise InputError(
             f"{type(p_y).__name__} has no cdf: expected Categorical, Bernoulli, or a distribution with one."
         ) from error
-    mass = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    mass = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=u.device)
     inside = (2 * (u.double() - 0.5).abs()).unsqueeze(-1) <= mass  # [n, k]
     return mass, inside.double().mean(0)

@@ -119,5 +119,5 @@ def plot_sensitivity_images(
     greatest = order if len(order) <= 2 * half else order[:half]
     shown = greatest + ([] if greatest is order else order[: -half - 1 : -1])
     texts = [f"{float(scores[i]):.2g}" if labels is None else labels[i] for i in shown]
-    marked = torch.arange(len(shown)) < (len(shown) + 1) // 2
+    marked = torch.arange(len(shown), device="cpu") < (len(shown) + 1) // 2
     return plot_images(ax, images[shown], labels=texts, marked=marked, columns=columns)

@@ -88,7 +88,7 @@ def residuals(memory: MemorySet, likelihood: Likelihood) -> Term:
         raise InputError("Residuals need the targets of the memory: keep them with MemorySet.of(network, x, y).")
     check_soft_targets(likelihood, memory.y)
     gap = predicted_mean(likelihood, memory.f) - encoded(likelihood, memory.y, memory.f)
-    noise = getattr(likelihood, "noise", torch.ones(1)).detach().to(gap)
+    noise = getattr(likelihood, "noise", gap.new_ones(1)).detach().to(gap)
     weighted = (gap / noise).reshape(len(memory), -1) * memory.weights.unsqueeze(-1)
 
     def of(network: nn.Module) -> Tensor:
@@ -117,7 +117,7 @@ def replay(x: Tensor, y: Tensor, likelihood: Likelihood, weights: Tensor | Numbe
     check_soft_targets(likelihood, y)
     check_tensor("x", x)
     check_value("weights", weights)
-    w = torch.as_tensor(weights)
+    w = torch.as_tensor(weights, device=x.device)
     if not (x.ndim and y.ndim) or len(x) != len(y) or w.numel() not in (1, len(x)):
         raise InputError(
             f"Expected as many inputs, targets and weights, got {tuple(x.shape)}, {tuple(y.shape)} and "
@@ -241,8 +241,8 @@ class KPrior:
         theta = flat_weights(network, layout).detach()
         prior = WeightPosterior(
             layout,
-            prior_mean=torch.as_tensor(prior_mean).to(theta),
-            prior_precision=torch.as_tensor(prior_precision).to(theta),
+            prior_mean=torch.as_tensor(prior_mean, device=theta.device).to(theta),
+            prior_precision=torch.as_tensor(prior_precision, device=theta.device).to(theta),
         )
         B = torch.zeros_like(theta) if rest is None else rest.to(theta)
         if B.shape not in ((len(theta),), (len(theta), len(theta))):
@@ -290,7 +290,7 @@ class KPrior:
         if site is None or not bool(site.B.any()):
             return moved
         f = moved.memory.f[-len(x) :]
-        y = torch.zeros(f.shape[:-1] if type(self.likelihood) is SoftmaxLikelihood else f.shape)  # B sees no labels
+        y = f.new_zeros(f.shape[:-1] if type(self.likelihood) is SoftmaxLikelihood else f.shape)  # B sees no labels
         structure: Literal["diagonal", "dense"] = "dense" if q.structure == "dense" else "diagonal"
         B = network_curvature(network, x, y, self.likelihood, structure).to(q.mean)
         left = add_precisions(site.B, -B)

@@ -132,7 +132,8 @@ def _factors(layer: FactoredLayer, sites: Sites) -> list[Tensor]:
 
 def _add_diagonal(rest: Tensor, layer: Layer, sites: Sites, jacobian: NetworkJacobian) -> None:
     vectors, weights = _rotated(layer.dense().double(), sites)
-    at = torch.cat([torch.arange(jacobian.slices[t].start, jacobian.slices[t].stop) for t in layer.tensors])
+    slices = [jacobian.slices[t] for t in layer.tensors]
+    at = torch.cat([torch.arange(s.start, s.stop, device=rest.device) for s in slices])
     rest[at] += weights @ vectors.square()
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualgp.errors import BasisMismatchError, InputError, check_count
+from dualgp.linalg import first_tensor
 from dualgp.sites import WeightSite
 from dualgp.transfer.precisions import Diagonal, LayerPrecision, Terms, layer_precision
 from dualgp.weights import Number, WeightLayout, WeightPosterior, network_at
@@ -187,11 +188,10 @@ class KroneckerPosterior:
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
     ) -> None:
-        tensors = (v for v in (prior_mean, prior_precision) if isinstance(v, Tensor))
-        like = site.lam if site is not None else next(tensors, torch.zeros(()))
+        like = site.lam if site is not None else first_tensor(prior_mean, prior_precision)
         self.layout, self.site = layout, site
         # Copies: callers may write to their own.
-        parts = [torch.as_tensor(v).to(like).clone() for v in (prior_mean, prior_precision)]
+        parts = [torch.as_tensor(v, device=like.device).to(like).clone() for v in (prior_mean, prior_precision)]
         if any(part.shape not in ((), (layout.size,)) for part in parts):
             raise InputError(
                 f"For {layout.size} weights prior_mean and prior_precision are numbers or [{layout.size}]; got "

@@ -9,6 +9,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 
 from dualgp.checks import check_generator, check_tensor
+from dualgp.draws import uniform
 from dualgp.errors import InputError, check_count
 from dualgp.laplace import laplace_sites
 from dualgp.selection import RULES, Candidates, Rule, check_rule, choose
@@ -128,7 +129,7 @@ def select_memory(
         raise InputError("f must have one row of outputs for each datum, got a number.")
     if var is not None and var.numel() != f.numel():
         raise InputError(f"Expected a variance for each of the outputs {tuple(f.shape)}, got {tuple(var.shape)}.")
-    keys = torch.rand(len(f), dtype=torch.float64, generator=generator)
+    keys = uniform((len(f),), torch.device("cpu"), generator)
 
     def moments() -> tuple[Tensor, Tensor, Tensor]:
         sites = laplace_sites(likelihood, y, f)
@@ -137,8 +138,8 @@ def select_memory(
         return sites.alpha(at), beta, torch.ones_like(at) if var is None else var.double().reshape(at.shape)
 
     multi = f.ndim == 2
-    x = torch.zeros(len(f), 0, dtype=torch.float64)
-    return choose(check_rule(rule, RULES), Candidates(x, y, torch.arange(len(f)), keys, multi, moments), size)
+    x, ids = torch.zeros(len(f), 0, dtype=torch.float64, device="cpu"), torch.arange(len(f), device="cpu")
+    return choose(check_rule(rule, RULES), Candidates(x, y, ids, keys, multi, moments), size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from torch import Tensor
 from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError
 from dualgp.fingerprints import fingerprints
+from dualgp.linalg import first_tensor
 from dualgp.weights import Number, WeightPosterior
 
 BoundName: TypeAlias = Literal["mcallester", "seeger", "catoni", "alquier"]
@@ -87,7 +88,7 @@ def catoni(risk: Value, kl: Value, n: int, *, delta: float = 0.05, beta: Value |
         tensor(0.1619, dtype=torch.float64)
     """
     r, K = _checked(risk, kl, n, delta)
-    b, price = _grid("beta", torch.logspace(math.log10(0.05), math.log10(20.0), 32) if beta is None else beta)
+    b, price = _grid("beta", _logspace(0.05, 20.0) if beta is None else beta, r)
     r, K = r.unsqueeze(-1), K.unsqueeze(-1)
     log = -b * r - (K + math.log(1.0 / delta) + price) / n
     return (torch.expm1(log) / torch.expm1(-b)).amin(-1)
@@ -113,8 +114,7 @@ def alquier(risk: Value, kl: Value, n: int, *, delta: float = 0.05, lam: Value |
         tensor(0.2330, dtype=torch.float64)
     """
     r, K = _checked(risk, kl, n, delta)
-    chosen = torch.logspace(0.5 * math.log10(n), math.log10(8.0 * n), 32) if lam is None else lam
-    t, price = _grid("lam", chosen)
+    t, price = _grid("lam", _logspace(math.sqrt(n), 8.0 * n) if lam is None else lam, r)
     r, K = r.unsqueeze(-1), K.unsqueeze(-1)
     return (r + (K + math.log(1.0 / delta) + price) / t + t / (8.0 * n)).amin(-1)
 
@@ -126,7 +126,7 @@ def kl_inverse(risk: Value, c: Value) -> Tensor:
         >>> kl_inverse(0.0, 0.1)  # 1 − e^{−c}
         tensor(0.0952, dtype=torch.float64)
     """
-    r, c = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (risk, c)))
+    r, c = _float64(risk, c)
     low, high = r.clone(), torch.ones_like(r)
     for _ in range(60):  # halves to less than a rounding error
         middle = 0.5 * (low + high)
@@ -223,7 +223,7 @@ class PriorWithData:
             raise InputError(
                 "A prior without data has no site, and this one has: name its data with PriorWithData.from_data."
             )
-        return cls(prior, torch.zeros(0, dtype=torch.int64))
+        return cls(prior, torch.zeros(0, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def from_data(cls, posterior: WeightPosterior, x: Tensor, y: Tensor) -> PriorWithData:
@@ -354,7 +354,7 @@ def _checked(risk: Value, kl: Value, n: int, delta: float) -> tuple[Tensor, Tens
             check_tensor(name, value)
         elif not isinstance(value, float | int):
             raise InputError(f"{name} must be a number or a tensor, got {type(value).__name__}.")
-    r, K = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (risk, kl)))
+    r, K = _float64(risk, kl)
     if not (bool(((r >= 0) & (r <= 1)).all()) and bool((K >= 0).all()) and n >= 1 and 0 < delta < 1):
         raise InputError(
             f"Expected a risk in [0, 1], KL ≥ 0, n ≥ 1 and 0 < δ < 1, got {risk}, {kl}, {n} and {delta}. The loss must "
@@ -363,9 +363,19 @@ def _checked(risk: Value, kl: Value, n: int, delta: float) -> tuple[Tensor, Tens
     return r, K
 
 
-def _grid(name: str, values: Value) -> tuple[Tensor, float]:
+def _float64(*values: Value) -> tuple[Tensor, ...]:
+    """Numbers and tensors, broadcast, on the device of the first tensor."""
+    device = first_tensor(*values).device
+    return torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64, device=device) for v in values))
+
+
+def _logspace(low: float, high: float) -> Tensor:
+    return torch.logspace(math.log10(low), math.log10(high), 32, dtype=torch.float64, device="cpu")
+
+
+def _grid(name: str, values: Value, like: Tensor) -> tuple[Tensor, float]:
     """The values [G], and log G: each is a bound of its own that fails with probability δ/G."""
-    grid = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
+    grid = torch.as_tensor(values, dtype=torch.float64, device=like.device).reshape(-1)
     if not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
         raise InputError(f"{name} must be positive and finite, a number or a grid [G]; got {values}.")
     return grid, math.log(len(grid))

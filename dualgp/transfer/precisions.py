@@ -19,6 +19,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from dualgp.draws import normal
 from dualgp.errors import NotPositiveDefiniteError, SolverError, UnsupportedError
 from dualgp.linalg import precision_cholesky, symmetrise
 from dualgp.solvers import conjugate_gradients
@@ -94,7 +95,7 @@ class Eigen:
 
     def draw(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "s p"]:
         """Return (U ⊗ W) e^{−½} ε."""
-        noise = _noise((count, *self.e.shape), self.e, generator)
+        noise = normal((count, *self.e.shape), self.e, generator)
         return (self.U @ (noise * self.e.rsqrt()) @ self.W.mT).flatten(1)
 
 
@@ -121,7 +122,7 @@ class Diagonal:
 
     def draw(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "s p"]:
         """Return d^{−½} ε."""
-        return _noise((count, len(self.d)), self.d, generator) * self.d.rsqrt()
+        return normal((count, len(self.d)), self.d, generator) * self.d.rsqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Dense:
 
     def draw(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "s p"]:
         """Return εC⁻¹."""
-        noise = _noise((count, len(self.chol)), self.chol, generator)
+        noise = normal((count, len(self.chol)), self.chol, generator)
         return torch.linalg.solve_triangular(self.chol, noise, upper=False, left=False)
 
 
@@ -219,9 +220,9 @@ class Iterative:
         roots = [(RG, RA) for G, A in self.terms if (RG := _root(G)) is not None and (RA := _root(A)) is not None]
         if len(roots) < len(self.terms) or not bool((self.diagonal >= 0).all()):
             return self._multiplied_out("draws where something was taken out").draw(count, generator)
-        eps = _noise((count, len(self.diagonal)), self.diagonal, generator) * self.diagonal.sqrt()
+        eps = normal((count, len(self.diagonal)), self.diagonal, generator) * self.diagonal.sqrt()
         for RG, RA in roots:
-            eps += (RG @ _noise((count, len(RG), len(RA)), self.diagonal, generator) @ RA.mT).flatten(1)
+            eps += (RG @ normal((count, len(RG), len(RA)), self.diagonal, generator) @ RA.mT).flatten(1)
         return self.solve(eps)
 
     def _multiplied_out(self, what: str) -> Dense:
@@ -232,10 +233,6 @@ class Iterative:
                 f"that are multiplied out for {what}. One product under a prior precision that is a number needs none."
             )
         return Dense.of(self.terms, self.diagonal)
-
-
-def _noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def _root(M: Tensor) -> Tensor | None:

@@ -153,10 +153,10 @@ class _Plan:
             return shards.values(name, file, begin, count).to(work)
 
         theta = values(self.base)
-        S0 = values(self.prior) if isinstance(self.prior, Shards) else torch.tensor(self.prior, dtype=work)
-        S, total = S0.expand(count).clone(), torch.zeros(count, dtype=work)
+        S0 = values(self.prior) if isinstance(self.prior, Shards) else theta.new_tensor(self.prior)
+        S, total = S0.expand(count).clone(), torch.zeros_like(theta)
         for t, (model, alpha) in enumerate(zip(self.models, self.alphas, strict=True)):
-            B = torch.zeros((), dtype=work) if self.curvatures is None else self.counts[t] * values(self.curvatures[t])
+            B = theta.new_zeros(()) if self.curvatures is None else self.counts[t] * values(self.curvatures[t])
             S += alpha * B
             total += alpha * (S0 + B) * (values(model) - theta)
         if not bool((S > 0).all()):
