@@ -17,6 +17,8 @@ NUM_NODES = 20  # error 3e-8 on E log Φ under N(0, 2)
 MANY_NODES = 64  # for integrands that may be narrow beside q, or have kinks
 _MIN_VARIANCE = 1e-12
 _MAX_VARIANCE = 1e3
+_FINEST = 13  # panels begin 3⁻¹³ standard deviations from a peak
+_ZOOMS = 12  # each to a fifth
 _WIDE = 100.0  # the variance from which the log-sum-exp rule's line grows as its root
 _BLOCK = 1 << 19  # numbers held at once by the log-sum-exp rule
 
@@ -50,6 +52,59 @@ def expectation(g: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor, num_no
     """Return E[g(f)] elementwise, f ~ N(mean, var), by Gauss–Hermite quadrature; differentiable in both."""
     points, w = hermite_points(mean, var, num_nodes)
     return torch.tensordot(w, g(points), dims=1)
+
+
+def log_expectation(log_g: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor) -> Tensor:
+    """Return log E[g(f)] elementwise, f ~ N(mean, var), for a g with one peak; differentiable.
+
+    Gauss–Legendre quadrature on panels that grow threefold to both sides of the peaks of g and of g · N, wherever they
+    are, and are one standard deviation wide around the mean. That serves a g that is narrow beside N, far from its
+    mean, or heavy in its tails, where Gauss–Hermite nodes lie beside the point. It takes some 1000 evaluations, and is
+    right to 1e-6, or to 1e-4 where a g that is a step (a binary label) is a hundredth of a deviation wide.
+
+    Example:
+        >>> narrow = lambda f: -0.5 * ((f - 3.0) / 1e-4).square()  # E = 1e-4 √(2π) N(3; 0, 1)
+        >>> round(log_expectation(narrow, torch.zeros(1).double(), torch.ones(1).double()).item(), 4)
+        -13.7103
+    """
+    sd = var.clamp_min(_MIN_VARIANCE).sqrt()
+
+    def log_h(f: Tensor) -> Tensor:
+        z = (f - mean) / sd
+        return log_g(f) - 0.5 * z.square() - sd.log() - 0.5 * math.log(2.0 * math.pi)
+
+    with torch.no_grad():
+        grown, around = sd * _powers(3, mean), torch.arange(-9.0, 10.0, device=mean.device)
+        edges = [mean + sd * _column(around, mean)]
+        for peak in (_peak(log_h, mean, sd), _peak(log_g, mean, sd)):
+            edges += [peak - grown, peak.unsqueeze(0), peak + grown]
+        edges, _ = torch.cat(edges).sort(0)
+        x, w = gauss_legendre(10, mean)
+        widths = edges.diff(dim=0).unsqueeze(0)
+        points = (edges[:-1] + _column(x, edges) * widths).flatten(0, 1)
+        weights = (_column(w, edges) * widths).flatten(0, 1)
+    return torch.logsumexp(log_h(points).nan_to_num(nan=-math.inf) + weights.log(), 0)
+
+
+def _peak(log_h: Callable[[Tensor], Tensor], mean: Tensor, sd: Tensor) -> Tensor:
+    """Where a function with one peak is greatest: among powers of three, then ever closer."""
+    grown = sd * _powers(_FINEST, mean)
+    grid = torch.cat([mean - grown.flip(0), mean.unsqueeze(0), mean + grown])
+    for _ in range(_ZOOMS):
+        best = log_h(grid).nan_to_num(nan=-math.inf).argmax(0, keepdim=True)
+        low, high = (grid.gather(0, (best + step).clamp(0, len(grid) - 1)) for step in (-1, 1))
+        peak = grid.gather(0, best)
+        part = _column(torch.linspace(0.0, 1.0, 6, device=mean.device), mean)
+        grid = torch.cat([low + part * (peak - low), peak + part[1:] * (high - peak)])
+    return peak.squeeze(0)
+
+
+def _powers(high: int, like: Tensor) -> Tensor:
+    return _column(3.0 ** torch.arange(-_FINEST, high, device=like.device), like)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).reshape(-1, *[1] * like.ndim)
 
 
 def expected_logsumexp(mean: Float[Tensor, "*n c"], var: Float[Tensor, "*n c"]) -> Float[Tensor, "*n"]:
