@@ -16,7 +16,15 @@ from torch import Tensor
 
 from dualgp.checks import check_number, check_tensor
 from dualgp.errors import BasisMismatchError, InputError, UnsupportedError
-from dualgp.kernels import check_kernel, cross_covariance, describe, frozen_copy, kernel_diagonal, prior_covariance
+from dualgp.kernels import (
+    check_columns,
+    check_kernel,
+    cross_covariance,
+    describe,
+    frozen_copy,
+    kernel_diagonal,
+    prior_covariance,
+)
 from dualgp.linalg import GramSum, psd_cholesky, psd_part, row_chunks, tri_inverse, whiten
 from dualgp.sites import Site, Sites
 
@@ -182,6 +190,8 @@ class InducingBasis(Basis):
             )
         if not inducing_points.isfinite().all():
             raise InputError("inducing_points must be finite, but hold NaN or infinity.")
+        if not _owned:
+            check_columns(kernel, inducing_points.shape[-1])
         self.kernel: Kernel = kernel if _owned else frozen_copy(kernel)
         self.mean: Mean | None = mean if _owned or mean is None else frozen_copy(mean)
         self.inducing_points = inducing_points.detach().clone()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import BernoulliLikelihood, PoissonLikelihood
+from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
 from torch import Tensor
 from torch.distributions import Bernoulli, Poisson
 
@@ -21,6 +23,17 @@ class LogitBernoulliLikelihood(BernoulliLikelihood):
     def forward(self, function_samples: Tensor, *args: Any, **kwargs: Any) -> Bernoulli:
         """Return p(y | f)."""
         return Bernoulli(logits=function_samples)
+
+    def marginal(self, function_dist: MultivariateNormal, *args: Any, **kwargs: Any) -> Bernoulli:
+        """Return E[p(y | f)], by quadrature; GPyTorch's own is the probit's."""
+        probs = self.quadrature(lambda f: self.forward(f, *args, **kwargs).probs, function_dist)
+        return Bernoulli(probs=probs.clamp(0.0, 1.0))
+
+    def expected_log_prob(
+        self, observations: Tensor, function_dist: MultivariateNormal, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return E[log p(y | f)], elementwise."""
+        return _OneDimensionalLikelihood.expected_log_prob(self, observations, function_dist, *args, **kwargs)
 
 
 class LogPoissonLikelihood(PoissonLikelihood):

@@ -101,7 +101,8 @@ def log_predictive(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor,
     if type(likelihood) is BernoulliLikelihood:
         return torch.special.log_ndtr((2.0 * y - 1.0) * mean / (1.0 + var).sqrt())
     _require_one_dimensional(likelihood)
-    return _log_mean(likelihood, *torch.broadcast_tensors(y, mean, var), params)
+    y, mean, var = torch.broadcast_tensors(y, mean, var)
+    return _log_mean(likelihood, y, mean, var, params)
 
 
 def _log_mean(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, params: dict[str, Tensor]) -> Tensor:

@@ -75,10 +75,10 @@ def log_expectation(log_g: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor
 
     with torch.no_grad():
         grown, around = sd * _powers(3, mean), torch.arange(-9.0, 10.0, device=mean.device)
-        edges = [mean + sd * _column(around, mean)]
+        parts = [mean + sd * _column(around, mean)]
         for peak in (_peak(log_h, mean, sd), _peak(log_g, mean, sd)):
-            edges += [peak - grown, peak.unsqueeze(0), peak + grown]
-        edges, _ = torch.cat(edges).sort(0)
+            parts += [peak - grown, peak.unsqueeze(0), peak + grown]
+        edges, _ = torch.cat(parts).sort(0)
         x, w = gauss_legendre(10, mean)
         widths = edges.diff(dim=0).unsqueeze(0)
         points = (edges[:-1] + _column(x, edges) * widths).flatten(0, 1)

@@ -6,17 +6,21 @@ import torch
 from gpytorch.kernels import (
     ConstantKernel,
     CosineKernel,
+    Kernel,
     LinearKernel,
     MaternKernel,
     PeriodicKernel,
     PolynomialKernel,
     RBFKernel,
+    RFFKernel,
     RQKernel,
     ScaleKernel,
 )
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.means import LinearMean
 from toys import F64, gap
 
-from dualgp import errors
+from dualgp import DualGP, ExactGP, InducingBasis, errors
 from dualgp.kernels import check_kernel, cross_covariance, frozen_copy, kernel_diagonal
 from dualgp.kernels.stationary import as_stationary
 
@@ -187,3 +191,66 @@ def test_a_frozen_copy_shares_nothing():
 def test_kernels_of_several_outputs_are_refused_by_name(kernel, match):
     with pytest.raises(errors.UnsupportedError, match=match):
         check_kernel(kernel)
+
+
+def test_a_constant_kernel_is_learned_wherever_it_stands():
+    x, y = draw(30, 2), draw(30, seed=3)
+    for kernel in (ConstantKernel() + RBFKernel(), ConstantKernel() * RBFKernel(), ConstantKernel()):
+        gp = DualGP(kernel.double(), GaussianLikelihood().double(), num_inducing=8)
+        gp.fit(x, y)
+        gp.update(x, y)
+        assert bool(gp.predict(x)[0].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "match"),
+    [
+        (RBFKernel(ard_num_dims=3), r"RBFKernel has ard_num_dims=3, but takes 2 columns"),
+        (ScaleKernel(RBFKernel(active_dims=[5])), r"ScaleKernel takes column 5 \(active_dims\), but there are 2"),
+        (RBFKernel() + MaternKernel(ard_num_dims=3), r"MaternKernel has ard_num_dims=3"),
+        (RBFKernel(active_dims=[1], ard_num_dims=2), r"ard_num_dims=2, but takes 1 col"),
+    ],
+)
+def test_kernels_for_other_columns_are_refused_by_name(kernel, match):
+    x, y = draw(30, 2), draw(30, seed=3)
+    gp = DualGP(kernel.double(), GaussianLikelihood().double(), num_inducing=8)
+    for call in (gp.fit, gp.update, ExactGP(kernel, GaussianLikelihood().double()).fit):
+        with pytest.raises(errors.InputError, match=match):
+            call(x, y)
+    assert gp.inducing_points is None
+    with pytest.raises(errors.InputError, match=match):
+        InducingBasis(kernel, x)
+
+
+def test_one_lengthscale_for_all_columns_is_no_other_number_of_them():
+    InducingBasis(RBFKernel(ard_num_dims=1).double(), draw(3, 2))
+    InducingBasis(ScaleKernel(RBFKernel(active_dims=[2, 0], ard_num_dims=2)).double(), draw(3, 3))
+
+
+class Embedded(Kernel):
+    """A kernel of three coordinates that it makes of any number of columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = RBFKernel(ard_num_dims=3)
+
+    def forward(self, x1, x2, diag=False, **params):
+        a, b = (torch.stack([x.sum(-1), x.prod(-1), x.square().sum(-1)], -1) for x in (x1, x2))
+        return self.base(a, b, diag=diag, **params)
+
+
+def test_a_kernel_of_ones_own_may_put_inputs_into_other_coordinates():
+    gp = DualGP(ScaleKernel(Embedded()).double(), GaussianLikelihood().double(), num_inducing=8)
+    gp.fit(draw(30, 2), draw(30, seed=3))
+
+
+def test_a_linear_mean_of_other_columns_is_refused_by_name():
+    gp = DualGP(RBFKernel(), GaussianLikelihood(), mean=LinearMean(3), num_inducing=8)
+    with pytest.raises(errors.InputError, match="LinearMean takes 3 columns, X has 2"):
+        gp.fit(draw(30, 2).float(), draw(30).float())
+
+
+def test_a_kernel_of_random_features_has_drawn_them_before():
+    with pytest.raises(errors.UnsupportedError, match="give num_dims="):
+        check_kernel(RFFKernel(num_samples=5))
+    check_kernel(RFFKernel(num_samples=5, num_dims=2))

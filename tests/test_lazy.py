@@ -4,6 +4,7 @@ import gpytorch
 import pytest
 import torch
 from gpytorch.kernels import (
+    ConstantKernel,
     CosineKernel,
     Kernel,
     LinearKernel,
@@ -57,6 +58,8 @@ KERNELS = {
     ),
     "user": lambda: ScaleKernel(Twisted()),
     "user in a sum": lambda: Twisted() + ScaleKernel(RBFKernel(ard_num_dims=D)),
+    "constant first": lambda: ConstantKernel() + ScaleKernel(RBFKernel()),
+    "constant factor": lambda: ConstantKernel() * RBFKernel(),
     "cosine and polynomial": lambda: CosineKernel() * PolynomialKernel(power=2),
 }
 

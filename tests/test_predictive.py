@@ -3,6 +3,7 @@
 import pytest
 import reference as ref
 import torch
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
@@ -245,3 +246,14 @@ def test_what_has_no_elementwise_conditional_says_so():
         predictive_distribution(Own(), m, v)
     with pytest.raises(errors.UnsupportedError, match="Own .*sampling"):
         log_predictive(Own(), m, m, v)
+
+
+def test_a_logit_likelihood_called_as_gpytorch_calls_it_is_no_probit():
+    likelihood = likelihoods.LogitBernoulliLikelihood()
+    q = MultivariateNormal(MEANS, torch.diag(VARS))
+    y = at(0.0, 1.0, 1.0, 0.0, 1.0)
+    assert gap(likelihood(q).probs, ref.brute(torch.sigmoid, MEANS, VARS)) < 1e-6
+    expected = ref.brute(lambda f: torch.nn.functional.logsigmoid((2 * y - 1) * f), MEANS, VARS)
+    assert gap(likelihood.expected_log_prob(y, q), expected) < 1e-6
+    log_p = ref.brute(lambda f: torch.sigmoid((2 * y - 1) * f), MEANS, VARS).log()
+    assert gap(likelihood.log_marginal(y, q), log_p) < 1e-6

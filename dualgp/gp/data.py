@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
-from torch import Tensor, nn
+from gpytorch.means import LinearMean, Mean
+from torch import Tensor
 
 from dualgp.checks import check_tensor, recordable
 from dualgp.distributed import ALONE, Ranks
 from dualgp.duals import check_param_names, check_targets, check_variances, gaussian_noise, training_params
 from dualgp.errors import InputError
+from dualgp.kernels import check_columns
 from dualgp.sites import Sites
 
 CACHE_BYTES = 128 << 20  # features are kept between passes up to this size, a constant; beyond, they are recomputed
@@ -122,11 +125,16 @@ def check_inputs(x: Tensor, *, num_dims: int | None = None, what: str = "X") -> 
         )
 
 
-def check_device(x: Tensor, model: nn.Module) -> None:
-    """Raise InputError unless x is where the kernel and the likelihood are."""
-    for name, parameter in model.named_parameters():
-        if parameter.device != x.device:
-            raise InputError(f"X is on {x.device} and {name} on {parameter.device}; move one with .to(...).")
+def check_modules(x: Tensor, kernel: Kernel, mean: Mean | None, likelihood: Likelihood) -> None:
+    """Raise InputError unless x is where their parameters are, with the columns that kernel and mean take."""
+    check_columns(kernel, x.shape[-1])
+    if isinstance(mean, LinearMean) and mean.weights.shape[-2] != x.shape[-1]:
+        raise InputError(f"The LinearMean takes {mean.weights.shape[-2]} columns, X has {x.shape[-1]}.")
+    for module in (kernel, mean, likelihood):
+        for name, parameter in () if module is None else module.named_parameters():
+            if parameter.device != x.device:
+                where = f"{type(module).__name__}'s {name} on {parameter.device}"
+                raise InputError(f"X is on {x.device} and {where}; move one with .to(...).")
 
 
 def has_multi_targets(likelihood: Likelihood, num_outputs: int | None) -> bool:

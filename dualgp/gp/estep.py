@@ -240,6 +240,7 @@ def _driver(matrix: Tensor) -> str:
 
 def _constants(data: Data, lam: Tensor, beta: Tensor, features: Features) -> Tensor:
     """The sums over a block of Gaussian sites that the collapsed bound needs beside A and c."""
+    lam, beta, _ = torch.broadcast_tensors(lam, beta, features.prior_var)  # of each process, if targets are of all
     spread, log_noise = gaussian_spread(data, lam, beta, features.prior_mean)
     squares = spread.sum()
     return torch.stack([squares, (beta * features.prior_var).sum(), log_noise.sum()])

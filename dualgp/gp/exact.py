@@ -13,7 +13,7 @@ import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualgp.basis import InducingBasis
 from dualgp.checks import check_number
@@ -23,10 +23,12 @@ from dualgp.errors import ConvergenceWarning, InputError, NotFittedError, check_
 from dualgp.gp import exact_storage
 from dualgp.gp.arguments import check_arguments
 from dualgp.gp.ascent import Search, ascend, gradient, stacked
-from dualgp.gp.data import check_device, check_inputs, check_training_data
+from dualgp.gp.data import check_inputs, check_modules, check_training_data
 from dualgp.gp.hyper import Hyper
 from dualgp.gp.products import Effort, Fitted
 from dualgp.gp.progress import Progress, TracePoint
+from dualgp.gp.scoring import ScoredModel
+from dualgp.gp.start import workable_start
 from dualgp.kernels.forms import as_form
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites
@@ -69,7 +71,7 @@ class BoundGradient(NamedTuple):
     standard_errors: dict[str, Tensor]
 
 
-class ExactGP(nn.Module):
+class ExactGP(ScoredModel):
     """A Gaussian process with Z = X, for n at which no n × n matrix fits: sites per datum, found by iterative solves.
 
     Nothing larger than n × rank is held. Natural-gradient steps on the sites are solves with I + B^½KB^½ by conjugate
@@ -170,12 +172,15 @@ class ExactGP(nn.Module):
         if isinstance(X, Tensor) and X.ndim != 2:
             raise InputError(f"X must have shape [n, D], got {tuple(X.shape)}; use one ExactGP each.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs)
-        check_device(data.x, self)
+        check_modules(data.x, self.kernel, self.mean, self.likelihood)
         data = replace(data, x=data.x.clone(), y=data.y.clone())  # kept: the caller may change its own
         shape = len(data) + min(self.effort.rank, len(data)), self.effort.num_probes
         noise = normal(shape, X.new_empty(0, dtype=torch.float64), self.generator)
+        start = self.kernel, self.mean, self.likelihood
+        if learn_hyperparameters:
+            start = workable_start(*start, data, self.num_outputs)
         hyper = Hyper(
-            self.kernel, self.mean, self.likelihood, data.x[:1], dtype=X.dtype,
+            *start, data.x[:1], dtype=X.dtype,
             num_outputs=self.num_outputs, jitter=0.0, learn_inducing=False, learn_hyperparameters=learn_hyperparameters,
         )  # fmt: skip
         work = Search(hyper, data, self.effort_in(X.dtype), noise, tol)
@@ -219,6 +224,7 @@ class ExactGP(nn.Module):
 
         Raises:
             SolverError: if a solve does not reach its tolerance.
+            InputError: for inputs of the wrong shape or values, or if hyperparameters were set by hand since the fit.
         """
         fitted = self._ready()
         mean = self.predict_mean(x)
@@ -302,13 +308,7 @@ class ExactGP(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.fitted:
-            fitted = self._ready()
-            if not all(torch.equal(new.to(old), old) for old, new in self._pairs(fitted.hyper)):
-                raise InputError(
-                    "Hyperparameters have been set by hand since the fit, and sites belong to those of the fit: call "
-                    "fit(X, y) again, with learn_hyperparameters=False to keep them."
-                )
-            held = exact_storage.pack(fitted)
+            held = exact_storage.pack(self._ready())
             destination.update({prefix + name: values for name, values in held.items()})
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -322,8 +322,16 @@ class ExactGP(nn.Module):
         return (values.mT if self.num_outputs is not None else values[0]).to(like.dtype)
 
     def _ready(self) -> Fitted:
-        if self._fitted is not None:
-            return self._fitted
+        """What a fit left; raises NotFittedError before one, and InputError after hyperparameters were set by hand."""
+        fitted = self._fitted or self._unpacked()
+        if not all(torch.equal(new.to(old), old) for old, new in self._pairs(fitted.hyper)):
+            raise InputError(
+                "Hyperparameters have been set by hand since the fit, and sites belong to those of the fit: call "
+                "fit(X, y) again, with learn_hyperparameters=False to keep them."
+            )
+        return fitted
+
+    def _unpacked(self) -> Fitted:
         with ONE_AT_A_TIME, torch.inference_mode(False):  # it outlives the caller's context
             if self._fitted is None:
                 if not self._stored:

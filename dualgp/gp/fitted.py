@@ -9,16 +9,15 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import Tensor
 
 from dualgp.basis import InducingBasis
 from dualgp.duals import dual_parameters, expected_log_prob
-from dualgp.errors import InputError, NotFittedError
+from dualgp.errors import NotFittedError
 from dualgp.gp import stream
-from dualgp.gp.data import Data, check_data, check_device, check_inputs
+from dualgp.gp.data import check_inputs
+from dualgp.gp.scoring import ScoredModel
 from dualgp.posterior import Posterior
-from dualgp.predictive import log_predictive, predictive_distribution
 from dualgp.sites import Site, Sites
 from dualgp.threads import ONE_AT_A_TIME
 
@@ -26,7 +25,7 @@ _SITE_BUFFERS = ("site_lam", "site_B", "lam", "beta", *stream.BUFFERS)
 _LIKE_INPUTS = ("memory_x",)  # in the dtype of the user; all else in the buffers stays as it is
 
 
-class FittedGP(nn.Module):
+class FittedGP(ScoredModel):
     """The part of `DualGP` that holds and reads: a torch module whose state is sites and Z, of any size."""
 
     kernel: Kernel
@@ -117,28 +116,6 @@ class FittedGP(nn.Module):
         """Return joint draws of f(x), [S, *batch, T] or [S, *batch, T, C]."""
         return self.posterior.sample(self._inputs(x), num_samples, generator=generator)
 
-    def predict_likelihood(self, x: Tensor, **params: Tensor) -> Distribution:
-        """Return p(y|x) as a torch Distribution, elementwise over data (see `predictive_distribution`)."""
-        with torch.no_grad():
-            return predictive_distribution(self.likelihood, *self.predict(x), **params)
-
-    def log_predictive(self, x: Tensor, y: Tensor, **params: Tensor) -> Tensor:
-        """Return log p(yᵢ|xᵢ) with the shape of y, in float64."""
-        data = self._check(x, y, **params)
-        with torch.no_grad():
-            return log_predictive(self.likelihood, data.y, *self.predict(x), **data.params)
-
-    def nlpd(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
-        """Return the mean negative log predictive density, in nats per datum (lower is better).
-
-        Raises:
-            InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
-        """
-        scores = self.log_predictive(x, y, **params)
-        if not scores.numel():
-            raise InputError("There are no data to score: y has no rows.")
-        return float(-scores.mean())
-
     def elbo(self, x: Tensor, y: Tensor, **params: Tensor) -> float:
         """Return Σᵢ E_q[log p(yᵢ|fᵢ)] − KL(q ‖ p) on given data, in nats."""
         data = self._check(x, y, **params)
@@ -169,17 +146,11 @@ class FittedGP(nn.Module):
             _ = self.posterior
         return super().state_dict(*args, **kwargs)
 
-    def _basis(self, kernel: Kernel | None = None, Z: Tensor | None = None) -> InducingBasis:
-        """The basis at a kernel and Z, the model's own unless given."""
-        kernel = self.kernel if kernel is None else kernel
-        Z = self.inducing_points if Z is None else Z
+    def _basis(self) -> InducingBasis:
+        """The basis at the model's own hyperparameters and Z."""
+        Z = self.inducing_points
         assert Z is not None
-        return InducingBasis(kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
-
-    def _check(self, x: Tensor, y: Tensor, **params: Tensor) -> Data:
-        data = check_data(self.likelihood, x, y, self.num_outputs, params)
-        check_device(data.x, self)
-        return data
+        return InducingBasis(self.kernel, Z, self.mean, num_outputs=self.num_outputs, jitter=self.jitter)
 
     def _inputs(self, x: Tensor) -> Tensor:
         check_inputs(x, num_dims=self.posterior.basis.inducing_points.shape[-1], what="x")

@@ -22,7 +22,7 @@ from dualgp.errors import InputError
 from dualgp.gp import storage, stream
 from dualgp.gp.arguments import check_arguments, check_fit, check_memory, check_mode, check_same
 from dualgp.gp.condition import Conditioned, condition
-from dualgp.gp.data import Data, check_device, check_inputs, check_training_data, check_weights
+from dualgp.gp.data import Data, check_inputs, check_modules, check_training_data, check_weights
 from dualgp.gp.fit import FitResult, Outcome, fit_batches, fit_in_memory, initial_inducing_points
 from dualgp.gp.fitted import FittedGP
 from dualgp.gp.hyper import Hyper
@@ -61,8 +61,8 @@ class DualGP(FittedGP):
         memory_rule: which data those are: "random" (a fair sample of the stream: nothing pulls the hyperparameters),
             "leverage" (β·v), "sensitivity" (|α|·v), "recency", "balanced" (by class), or a function of
             `dualgp.Candidates` that returns one score per datum.
-        window: a sliding window: exactly the last `window` data count, and what leaves is taken out. In place of
-            `memory`.
+        window: a sliding window: exactly the last `window` data count; when some leave, the sites of the others are
+            found anew. In place of `memory`.
         generator: source of randomness of the stream (for "random" memory); its own, seeded with 0, if None.
 
     Raises:
@@ -187,7 +187,7 @@ class DualGP(FittedGP):
                 raise
         self._adopt(outcome)
         if memory is not None:
-            stream.remember_fit(self, memory, window=self.window is not None)
+            stream.remember_fit(self, memory, self._settings(True))
         self.result = outcome.result
         return outcome.result
 
@@ -354,11 +354,17 @@ class DualGP(FittedGP):
         return storage.load(cls, path, kernel, likelihood, mean, memory_rule)
 
     def _hyper(
-        self, kernel: Kernel, likelihood: Likelihood, Z: Tensor, learn_inducing: bool, learn_hyperparameters: bool
+        self,
+        kernel: Kernel,
+        mean: Mean | None,
+        likelihood: Likelihood,
+        Z: Tensor,
+        learn_inducing: bool,
+        learn_hyperparameters: bool,
     ) -> Hyper:
         return Hyper(
             kernel,
-            self.mean,
+            mean,
             likelihood,
             Z,
             dtype=Z.dtype,
@@ -382,11 +388,11 @@ class DualGP(FittedGP):
 
     def _working_copy(self, learn_inducing: bool, learn_hyperparameters: bool, data: Data) -> Hyper:
         held = self._Z_given or not learn_inducing
-        kernel, likelihood = self.kernel, self.likelihood
+        kernel, mean, likelihood = self.kernel, self.mean, self.likelihood
         if learn_hyperparameters:
-            kernel, likelihood = workable_start(kernel, self.mean, likelihood, data, self.num_outputs)
+            kernel, mean, likelihood = workable_start(kernel, mean, likelihood, data, self.num_outputs)
         Z = initial_inducing_points(kernel, self.inducing_points, held, self.num_inducing, data)
-        return self._hyper(kernel, likelihood, Z, learn_inducing, learn_hyperparameters)
+        return self._hyper(kernel, mean, likelihood, Z, learn_inducing, learn_hyperparameters)
 
     def _source(
         self, X: Any, y: Tensor | None, batch_size: int | None, generator: torch.Generator | None, ranks: Ranks
@@ -399,7 +405,7 @@ class DualGP(FittedGP):
         if y is None:
             raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")
         data = check_training_data(self.likelihood, X, y, self.num_outputs, ranks)
-        check_device(data.x, self)
+        check_modules(data.x, self.kernel, self.mean, self.likelihood)
         return data if batch_size is None else TensorBatches(data, batch_size, generator)
 
     def _adopt(self, outcome: Outcome) -> None:

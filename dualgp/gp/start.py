@@ -1,7 +1,7 @@
 """A start from which hyperparameters can be learned.
 
-Where data look independent, no lengthscale has a gradient; where targets are in other units than the amplitude, the
-way to theirs leads through hyperparameters that call all of them noise.
+Where data look independent, no lengthscale has a gradient; where targets are in other units than the amplitude, or far
+from the mean, the way to theirs leads through hyperparameters that call all of them noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from gpytorch.constraints import Interval
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
-from gpytorch.means import Mean
+from gpytorch.means import ConstantMean, LinearMean, Mean
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
@@ -31,32 +31,87 @@ _FACTORS = [2.0**k for k in range(-40, 42, 2)]  # to seconds since 1970, and fro
 
 def workable_start(
     kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data, num_outputs: int | None
-) -> tuple[Kernel, Likelihood]:
-    """Return kernel and likelihood, or copies from which `data` can be learned; see the two functions below."""
-    kernel, likelihood = in_units_of(data, kernel, mean, likelihood)
-    return workable_kernel(kernel, mean, likelihood, data, num_outputs), likelihood
+) -> tuple[Kernel, Mean | None, Likelihood]:
+    """Return kernel, mean and likelihood, or copies from which `data` can be learned; see the functions below."""
+    mean = centred_mean(kernel, mean, likelihood, data)
+    kernel, likelihood = in_units_of(kernel, mean, likelihood, data, num_outputs)
+    return workable_kernel(kernel, mean, likelihood, data, num_outputs), mean, likelihood
 
 
 @torch.no_grad()
-def in_units_of(data: Data, kernel: Kernel, mean: Mean | None, likelihood: Likelihood) -> tuple[Kernel, Likelihood]:
+def centred_mean(kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data) -> Mean | None:
+    """Return the mean, or a copy with its learned constant in the middle of the targets, where they are far from it.
+
+    That is so under Gaussian noise where the offset is more than half of the targets' spread, and of what the prior
+    says it is.
+    """
+    learned = _learned_constant(mean)
+    if mean is None or learned is None or type(likelihood) is not GaussianLikelihood or len(data) < _FEWEST:
+        return mean
+    off = _off_mean(data, mean)
+    shift = off.mean(-1, keepdim=True)
+    spread = (off - shift).square().mean(-1, keepdim=True)
+    if bool((shift.square() < 0.25 * torch.maximum(spread, _said(kernel, likelihood, data))).all()):
+        return mean
+    constant = getattr(mean, learned)
+    if constant.numel() == 1:
+        shift = shift.mean()
+    elif constant.numel() != shift.numel():
+        return mean
+    mean = copy.deepcopy(mean)
+    mean.initialize(**{learned: constant + shift.reshape(constant.shape).to(constant)})
+    return mean
+
+
+def _learned_constant(mean: Mean | None) -> str | None:
+    """The name of what is added to all of the mean, if it is learned without limits."""
+    if isinstance(mean, ConstantMean) and mean.raw_constant.requires_grad and not list(mean.constraints()):
+        return "constant"
+    if isinstance(mean, LinearMean) and mean.bias is not None and mean.bias.requires_grad:
+        return "bias"
+    return None
+
+
+def _off_mean(data: Data, mean: Mean | None) -> Tensor:
+    """Targets less the mean, data last."""
+    y = data.y.double().mT if data.targets_multi else data.y.double()
+    return y if mean is None else y - frozen_copy(mean)(data.x.double())
+
+
+def _said(kernel: Kernel, likelihood: GaussianLikelihood, data: Data) -> Tensor:
+    """The variance of a target, by the prior."""
+    return kernel_diagonal(frozen_copy(kernel), data.x.double()).mean() + likelihood.noise.double().mean()
+
+
+@torch.no_grad()
+def in_units_of(
+    kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data, num_outputs: int | None
+) -> tuple[Kernel, Likelihood]:
     """Return kernel and Gaussian likelihood with amplitude and noise multiplied, where targets are in other units.
 
-    That is so where their variance is e³ times what the prior says, or a part of that. What is not learned stays.
+    That is so where their variance is e³ times what the prior says, or a part of that. What is not learned stays. Of
+    the noise a part is taken where that raises the ELBO of a few hundred data: what is large may be an offset.
     """
     if type(likelihood) is not GaussianLikelihood or len(data) < _FEWEST:
         return kernel, likelihood
-    off = data.y.double() if mean is None else data.y.double() - frozen_copy(mean)(data.x.double())
+    off = _off_mean(data, mean)
     if mean is not None and any(p.requires_grad for p in mean.parameters()):
         off = off - off.mean(-1, keepdim=True)
-    said = kernel_diagonal(frozen_copy(kernel), data.x.double()).mean() + likelihood.noise.double().mean()
-    ratio = float(off.square().mean() / said)
+    ratio = float(off.square().mean() / _said(kernel, likelihood, data))
     if ratio == 0.0 or abs(math.log(ratio)) < _OTHER_UNITS:
         return kernel, likelihood
-    kernel, likelihood = copy.deepcopy((kernel, likelihood))
-    if likelihood.raw_noise.requires_grad:
-        likelihood.noise = _inside(likelihood.noise_covar.raw_noise_constraint, likelihood.noise * ratio)
+    kernel = copy.deepcopy(kernel)
     _multiply(kernel, ratio)
-    return kernel, likelihood
+    if not likelihood.raw_noise.requires_grad:
+        return kernel, likelihood
+    best = -math.inf, likelihood
+    for part in (1.0, 1e-2, 1e-4):
+        scaled = copy.deepcopy(likelihood)
+        scaled.noise = _inside(scaled.noise_covar.raw_noise_constraint, scaled.noise * (part * ratio))
+        elbo = _elbo(kernel, mean, scaled, data, num_outputs)
+        if elbo > best[0] or part == 1.0:
+            best = elbo, scaled
+    return kernel, best[1]
 
 
 def _inside(constraint: Interval, value: Tensor) -> Tensor:
@@ -100,11 +155,7 @@ def workable_kernel(
                 k.lengthscale = _inside(k.raw_lengthscale_constraint, k.lengthscale * factor)
         if _is_flat(scaled, some):
             continue
-        try:
-            basis = InducingBasis(scaled, some.x[..., :_INDUCING, :], mean, num_outputs=num_outputs)
-            elbo = e_step(Source(basis, some), likelihood, max_passes=8).elbo
-        except NotPositiveDefiniteError:
-            continue
+        elbo = _elbo(scaled, mean, likelihood, some, num_outputs)
         if elbo > best[0]:
             best = elbo, scaled
     warnings.warn(
@@ -114,6 +165,16 @@ def workable_kernel(
         stacklevel=7,
     )
     return best[1]
+
+
+def _elbo(kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data, num_outputs: int | None) -> float:
+    """The ELBO of some of the data, at some of their inputs; −∞ where there is none."""
+    some = data.rows(slice(0, _ROWS))
+    try:
+        basis = InducingBasis(kernel, some.x[..., :_INDUCING, :], mean, num_outputs=num_outputs)
+        return e_step(Source(basis, some), likelihood, max_passes=8).elbo
+    except NotPositiveDefiniteError:
+        return -math.inf
 
 
 def _is_flat(kernel: Kernel, data: Data) -> bool:

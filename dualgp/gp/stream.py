@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from gpytorch.means import Mean
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
@@ -134,15 +135,15 @@ def take(model: DualGP, data: Data, settings: Settings, learn_hyperparameters: b
     start = time.perf_counter()
     if len(data) == 0:
         return _unchanged(read(model))
-    state, kernel, likelihood = read(model), model.kernel, model.likelihood
+    state, kernel, mean, likelihood = read(model), model.kernel, model.mean, model.likelihood
     if state is None:
         if learn_hyperparameters:
-            kernel, likelihood = workable_start(kernel, model.mean, likelihood, data, model.num_outputs)
-        state = _begin(model, kernel, likelihood, data)
+            kernel, mean, likelihood = workable_start(kernel, mean, likelihood, data, model.num_outputs)
+        state = _begin(model, kernel, mean, likelihood, data)
     _check_follows(state, data, settings)
     hyper = None
     if learn_hyperparameters:
-        hyper = model._hyper(kernel, likelihood, state.basis.inducing_points, False, True)
+        hyper = model._hyper(kernel, mean, likelihood, state.basis.inducing_points, False, True)
     if hyper is not None and not hyper.trained():
         hyper = None
     log_start = model.log_start if hyper is None else hyper.guard(model.log_start)
@@ -210,7 +211,7 @@ def _arrived(model: DualGP, data: Data, sites: Sites, first: int) -> Memory:
     return Memory(data, sites, ids, keys.to(data.x.device))
 
 
-def _begin(model: DualGP, kernel: Kernel, likelihood: Likelihood, data: Data) -> State:
+def _begin(model: DualGP, kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data) -> State:
     """Return the prior, on the Z given or on one input, from which Z grows."""
     Z = model.inducing_points
     if Z is None:
@@ -221,7 +222,8 @@ def _begin(model: DualGP, kernel: Kernel, likelihood: Likelihood, data: Data) ->
             f"inducing_points have {Z.shape[-1]} columns on {Z.device}, X has {data.x.shape[-1]} on {data.x.device}; "
             "they must agree (move the model with .to)."
         )
-    q = Posterior(model._basis(kernel, Z.to(data.x.dtype)))
+    Z = Z.to(data.x.dtype)
+    q = Posterior(InducingBasis(kernel, Z, mean, num_outputs=model.num_outputs, jitter=model.jitter))
     return State(q, q.site, None, noise_of(likelihood), 0.0, 0)
 
 
@@ -241,15 +243,13 @@ def choose_of_fit(model: DualGP, outcome: Outcome, data: Data, settings: Setting
         return everything.rows(choose(settings.rule, scored, settings.capacity))
 
 
-def remember_fit(model: DualGP, memory: Memory, *, window: bool) -> None:
+def remember_fit(model: DualGP, memory: Memory, settings: Settings) -> None:
     """Make some data of a fit the model's memory; with a window, forget all others."""
     state = _state(model)
     sites, noise = (model.lam, model.beta), state.noise
-    if window:
-        write(
-            model,
-            _rebuilt(replace(state, rest=state.rest * 0.0, noise=noise_of(model.likelihood), num_rest=0.0), memory),
-        )
+    if settings.window:
+        state = replace(state, rest=state.rest * 0.0, noise=noise_of(model.likelihood), num_rest=0.0, memory=memory)
+        write(model, update.only_memory(state, model.likelihood, settings.tol))
         return
     with torch.no_grad():
         rest = state.rest - state.posterior.project(memory.data.x, memory.sites)

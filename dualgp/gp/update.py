@@ -234,7 +234,8 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
     gone, memory = new.without(keep), new.rows(keep) if len(keep) else None
     rest, noise, num_rest = state.rest, state.noise, state.num_rest
     if settings.window:
-        return State(assemble(basis, rest, memory), rest, memory, noise, num_rest, state.num_seen)
+        state = replace(state, memory=memory)
+        return only_memory(state, likelihood, settings.tol) if len(gone) else state
     if len(gone):
         sites = without_negative(gone.sites, q, gone.data.x)
         rest = rest + q.project(gone.data.x, sites)
@@ -244,6 +245,18 @@ def remember(state: State, new: Memory, likelihood: Likelihood, settings: Settin
         if sites is not gone.sites:
             q = assemble(basis, rest, memory)
     return State(q, rest, memory, noise, num_rest, state.num_seen)
+
+
+@torch.no_grad()
+def only_memory(state: State, likelihood: Likelihood, tol: float) -> State:
+    """Return the state of rest and memory alone, as if no data had been beside it when its sites were found."""
+    memory = state.memory
+    if memory is None or is_gaussian(likelihood):
+        return replace(state, posterior=assemble(state.basis, state.rest, memory))
+    start = without_negative(memory.sites, state.posterior, memory.data.x)  # alone, they must be a Gaussian
+    found = find_sites(state, likelihood, memory.data, start, 0.1 * tol)
+    assert found.sites is not None
+    return replace(state, posterior=found.posterior, memory=replace(memory, sites=found.sites))
 
 
 def without_negative(sites: Sites, q: Posterior, x: Tensor) -> Sites:

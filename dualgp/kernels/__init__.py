@@ -4,6 +4,7 @@ from dualgp.kernels.keops import keops_status
 from dualgp.kernels.lazy import LazyKernel
 from dualgp.kernels.ntk import JacobianBlock, NetworkJacobian
 from dualgp.kernels.products import (
+    check_columns,
     check_kernel,
     cross_covariance,
     describe,
@@ -16,6 +17,7 @@ __all__ = [
     "JacobianBlock",
     "LazyKernel",
     "NetworkJacobian",
+    "check_columns",
     "check_kernel",
     "cross_covariance",
     "describe",

@@ -217,7 +217,7 @@ class Opaque(Leaf):
         x, z = next(parts.rows), next(parts.columns)
         with ONE_AT_A_TIME, gpytorch.settings.lazily_evaluate_kernels(False):
             found = self.kernel.forward(x, z)
-        return to_dense(found).to(self.dtype)
+        return to_dense(found).to(self.dtype).contiguous()  # a ConstantKernel's is one number, expanded
 
 
 class Scaled(Form):

@@ -6,13 +6,13 @@ import copy
 
 import gpytorch
 import torch
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, RFFKernel, ScaleKernel
 from gpytorch.likelihoods.likelihood import _Likelihood
 from gpytorch.means import Mean
 from jaxtyping import Float
 from torch import Tensor
 
-from dualgp.errors import UnsupportedError
+from dualgp.errors import InputError, UnsupportedError
 from dualgp.kernels.stationary import as_stationary, fused_cross
 from dualgp.threads import ONE_AT_A_TIME
 
@@ -46,6 +46,27 @@ def check_kernel(kernel: object) -> None:
         if reason or type(part).__name__.endswith(("Grad", "GradGrad")):
             reason = reason or "values and derivatives as several outputs per input"
             raise UnsupportedError(f"{type(part).__name__} is not supported: it has {reason}.")
+        if isinstance(part, RFFKernel) and not hasattr(part, "randn_weights"):
+            raise UnsupportedError("An RFFKernel without num_dims= has drawn no features yet: give num_dims=.")
+
+
+def check_columns(kernel: Kernel, count: int, *, _picked: bool = False) -> None:
+    """Raise InputError unless the kernel takes inputs of so many columns."""
+    taken = count
+    if kernel.active_dims is not None and not _picked:
+        last, taken = int(kernel.active_dims.max()), kernel.active_dims.numel()
+        if last >= count:
+            raise InputError(f"{type(kernel).__name__} takes column {last} (active_dims), but there are {count}.")
+    own = type(kernel).__module__.startswith("gpytorch.")  # a user's kernel may put inputs into other coordinates
+    if own and kernel.ard_num_dims not in (None, 1, taken):  # 1: one lengthscale for all
+        raise InputError(
+            f"{type(kernel).__name__} has ard_num_dims={kernel.ard_num_dims}, but takes {taken} columns of inputs."
+        )
+    if isinstance(kernel, ScaleKernel):  # which has taken over the active_dims of its base
+        check_columns(kernel.base_kernel, taken, _picked=True)
+    elif isinstance(kernel, AdditiveKernel | ProductKernel):
+        for part in kernel.kernels:
+            check_columns(part, taken)
 
 
 def cross_covariance(kernel: Kernel, x: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> Float[Tensor, "*b n m"]:
@@ -60,7 +81,7 @@ def cross_covariance(kernel: Kernel, x: Tensor, z: Tensor, dtype: torch.dtype | 
     if form is not None:
         return fused_cross(form, x, z, dtype)
     with ONE_AT_A_TIME, gpytorch.settings.lazily_evaluate_kernels(False):
-        return kernel(x, z).to_dense().to(dtype)
+        return kernel(x, z).to_dense().to(dtype).contiguous()  # a ConstantKernel's is one number, expanded
 
 
 def kernel_diagonal(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n"]:
@@ -70,7 +91,7 @@ def kernel_diagonal(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n"]:
         batch = torch.broadcast_shapes(x.shape[:-2], form.lengthscale.shape[:-2])
         ones = torch.ones((*batch, x.shape[-2]), dtype=torch.float64, device=x.device)
         return ones if form.outputscale is None else form.outputscale.double()[..., None] * ones
-    return kernel(x.double(), diag=True)
+    return kernel(x.double(), diag=True).contiguous()
 
 
 def prior_covariance(kernel: Kernel, x: Tensor) -> Float[Tensor, "*b n n"]:

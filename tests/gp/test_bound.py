@@ -16,7 +16,7 @@ from gpytorch.means import ConstantMean, LinearMean
 from gpytorch.priors import GammaPrior, NormalPrior
 from toys import F64, at, gap, gaussian, hyper, matern, random_sites, rbf, waves
 
-from dualgp import InducingBasis, Posterior, Sites, expected_log_prob, likelihoods, linalg
+from dualgp import DualGP, InducingBasis, Posterior, Sites, expected_log_prob, likelihoods, linalg
 from dualgp.gp import bound as bound_module
 from dualgp.gp.bound import site_bound
 from dualgp.gp.data import Data
@@ -331,3 +331,19 @@ def test_a_moved_z_carries_the_site_by_the_conditional_mean():
     assert gap(carried.B, A.T @ q.site.B @ A) < 1e-8
     assert gap(carried.lam, A.T @ q.site.lam) < 1e-8
     assert data.x.shape[-2] == N
+
+
+def test_the_bound_of_processes_with_kernels_of_their_own_on_the_same_data():
+    """A kernel with a batch shape and data without: as many processes, each of all the data."""
+    x, f, g = waves(40, 1)
+    y = f + 0.1 * torch.randn(40, generator=g, dtype=F64)
+    lengthscales = at(0.3, 0.6, 1.2)
+    kernel = rbf(lengthscales.reshape(3, 1, 1), batch_shape=torch.Size([3]))
+    gp = DualGP(kernel, gaussian(), inducing_points=x[::4].clone())
+    result = gp.fit(x, y, learn_hyperparameters=False, learn_inducing=False)
+    alone = 0.0
+    for lengthscale in lengthscales:
+        one = DualGP(rbf(lengthscale.item()), gaussian(), inducing_points=x[::4].clone())
+        alone += one.fit(x, y, learn_hyperparameters=False, learn_inducing=False).elbo
+    assert result.elbo == pytest.approx(alone, abs=1e-8)
+    assert result.elbo == pytest.approx(gp.elbo(x, y), abs=1e-8)

@@ -90,7 +90,7 @@ def test_what_cannot_be_saved_or_loaded_says_so(tmp_path):
     path = tmp_path / "model"
     with pytest.raises(errors.NotFittedError, match="call fit"):
         exacts.model(gaussian()).save(path)
-    gp, x, _, new = made("gaussian")
+    gp, x, y, new = made("gaussian")
     gp.save(path)
     with pytest.raises(errors.InputError, match="was saved with kernel .*give one of that kind"):
         ExactGP.load(path, RBFKernel().double(), new[1], mean=new[2])
@@ -108,7 +108,12 @@ def test_what_cannot_be_saved_or_loaded_says_so(tmp_path):
     with pytest.raises(errors.InputError, match="set by hand since the fit.*fit\\(X, y\\) again"):
         gp.save(path)
     assert path.read_bytes() == good[: len(good) // 2]
-    assert len(gp.predict(x[:2])[0]) == 2  # by the hyperparameters of the fit, as before
+    for ask in (gp.predict, gp.predict_mean, lambda x: gp.sites, lambda x: gp.posterior()):
+        with pytest.raises(errors.InputError, match="set by hand since the fit.*fit\\(X, y\\) again"):
+            ask(x[:2])
+    gp.fit(x, y, learn_hyperparameters=False)
+    assert len(gp.predict(x[:2])[0]) == 2
+    assert gp.kernel.outputscale.item() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("name", ["fit_x", "fit_u", "fit_noise", "fit_pivots", "fit_kl", "fit_lam"])

@@ -7,13 +7,13 @@ import pytest
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
-from gpytorch.means import ConstantMean
-from toys import F64, gaussian, rbf, waves
+from gpytorch.means import ConstantMean, LinearMean
+from toys import F64, gap, gaussian, rbf, waves
 
-from dualgp import DualGP
+from dualgp import DualGP, ExactGP
 from dualgp.errors import NumericalWarning
 from dualgp.gp.data import Data
-from dualgp.gp.start import in_units_of, workable_kernel
+from dualgp.gp.start import centred_mean, in_units_of, workable_kernel
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-4, 1e4, 1e9])
@@ -82,14 +82,14 @@ def test_only_what_is_learned_is_put_into_other_units():
     data = Data(x, 1000 * y, False)
     kernel, likelihood = ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double()
     likelihood.raw_noise.requires_grad_(False)
-    scaled, same = in_units_of(data, kernel, None, likelihood)
+    scaled, same = in_units_of(kernel, None, likelihood, data, None)
     assert same.noise.item() == likelihood.noise.item()
     assert scaled.outputscale.item() / kernel.outputscale.item() == pytest.approx(
         (data.y.square().mean() / (kernel.outputscale + likelihood.noise)).item()
     )
-    assert in_units_of(Data(x, 3 * y, False), kernel, None, likelihood) == (kernel, likelihood)
+    assert in_units_of(kernel, None, likelihood, Data(x, 3 * y, False), None) == (kernel, likelihood)
     both = kernel + ScaleKernel(RBFKernel()).double() * ScaleKernel(RBFKernel()).double()
-    scaled, _ = in_units_of(data, both, None, GaussianLikelihood().double())
+    scaled, _ = in_units_of(both, None, GaussianLikelihood().double(), data, None)
     factors = [a.outputscale.item() / kernel.outputscale.item() for a in scaled.modules() if isinstance(a, ScaleKernel)]
     assert factors[0] == pytest.approx(factors[1])
     assert factors[0] > 1e4
@@ -99,7 +99,7 @@ def test_only_what_is_learned_is_put_into_other_units():
 def test_an_offset_that_the_mean_learns_is_no_amplitude():
     x, y, _ = waves(100)
     kernel, likelihood, mean = ScaleKernel(RBFKernel()).double(), GaussianLikelihood().double(), ConstantMean().double()
-    assert in_units_of(Data(x, y + 1000, False), kernel, mean, likelihood) == (kernel, likelihood)
+    assert in_units_of(kernel, mean, likelihood, Data(x, y + 1000, False), None) == (kernel, likelihood)
 
 
 def test_targets_in_other_units_stay_within_the_bounds_of_constraints():
@@ -107,9 +107,69 @@ def test_targets_in_other_units_stay_within_the_bounds_of_constraints():
     kernel = ScaleKernel(RBFKernel(), outputscale_constraint=gpytorch.constraints.Interval(0.1, 2.0)).double()
     noise = GaussianLikelihood(noise_constraint=gpytorch.constraints.Interval(1e-3, 5.0)).double()
     for factor in (1e3, 1e-3):
-        scaled, likelihood = in_units_of(Data(x, factor * y, False), kernel, None, noise)
+        scaled, likelihood = in_units_of(kernel, None, noise, Data(x, factor * y, False), None)
         assert 0.1 < scaled.outputscale.item() < 2.0
         assert 1e-3 < likelihood.noise.item() < 5.0
     gp = DualGP(kernel, noise, num_inducing=10)
     gp.update(x, 1e3 * y)
     assert 0.1 < gp.kernel.outputscale.item() < 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "far"),
+    [
+        (DualGP, ConstantMean, -1e4),
+        (DualGP, lambda: LinearMean(1), -1e4),
+        (DualGP, lambda: None, -30.0),  # the amplitude does it, at a million times the jitter
+        (ExactGP, ConstantMean, -1e4),
+        (ExactGP, lambda: None, -30.0),
+    ],
+)
+def test_targets_far_from_the_mean_are_learned_as_those_about_it(kind, mean, far):
+    g = torch.Generator().manual_seed(0)
+    x = 6 * torch.rand(80, 1, generator=g, dtype=F64)
+    y = (2 * x[:, 0]).sin() + 0.1 * torch.randn(80, generator=g, dtype=F64)
+    noise = []
+    for offset in (0.0, 10.0, far):
+        given = mean()
+        likelihood = GaussianLikelihood().double()
+        size = {"num_inducing": 20} if kind is DualGP else {}
+        gp = kind(ScaleKernel(RBFKernel()).double(), likelihood, mean=given and given.double(), **size)
+        gp.fit(x, y + offset)
+        noise.append(likelihood.noise.item())
+    assert noise == pytest.approx([noise[0]] * 3, rel=0.1)
+    assert noise[0] < 0.02
+
+
+def test_means_of_several_outputs_start_each_at_its_own_targets():
+    x, f, g = waves(60, 1)
+    y = torch.stack([f + 100, f - 50], -1) + 0.1 * torch.randn(60, 2, generator=g, dtype=F64)
+    mean = ConstantMean(batch_shape=torch.Size([2])).double()
+    started = centred_mean(kernel := ScaleKernel(RBFKernel()).double(), mean, gaussian(), Data(x, y, True))
+    assert gap(started.constant, y.mean(0)) < 1e-9
+    assert mean.constant.abs().max() == 0
+    shared = centred_mean(kernel, ConstantMean().double(), gaussian(), Data(x, y, True))
+    assert gap(shared.constant, y.mean()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        None,
+        ConstantMean().double().requires_grad_(False),
+        ConstantMean(constant_constraint=gpytorch.constraints.Interval(-1.0, 1.0)).double(),
+        gpytorch.means.ZeroMean(),
+    ],
+)
+def test_a_mean_that_is_not_free_stays_where_it_is(mean):
+    x, f, _ = waves(60, 1)
+    assert centred_mean(ScaleKernel(RBFKernel()).double(), mean, gaussian(), Data(x, f + 100, False)) is mean
+
+
+def test_targets_near_the_mean_leave_it_where_it_is():
+    x, f, _ = waves(60, 1)
+    mean = ConstantMean().double()
+    near = Data(x, f - f.mean() + 0.3 * f.std(), False)
+    assert centred_mean(ScaleKernel(RBFKernel()).double(), mean, gaussian(), near) is mean
+    few = Data(x[:5], f[:5] + 100, False)
+    assert centred_mean(ScaleKernel(RBFKernel()).double(), mean, gaussian(), few) is mean

@@ -296,6 +296,24 @@ def test_outside_a_window_nothing_counts(name):
     assert relative(gp.posterior.site, q.site) < 1e-9
 
 
+@pytest.mark.parametrize("sizes", [[40], [10] * 4, [3, 18, 12, 7], "fit"])
+@pytest.mark.parametrize("name", ["bernoulli", "softmax"])
+def test_sites_within_a_window_owe_nothing_to_what_left_it(name, sizes):
+    x, y = problem(name)
+    y = torch.cat([y[:28].flip(0), y[28:]])  # what left spoke otherwise
+    gp, alone = new(name, window=12), new(name)
+    if sizes == "fit":
+        gp.fit(x, y, learn_inducing=False, progress=False, tol=1e-9, **FIXED)
+        gp.update(x[:0], y[:0], **FIXED)
+    else:
+        for rows in torch.arange(40).split(sizes):
+            gp.update(x[rows], y[rows], tol=1e-9, **FIXED)
+    alone.update(x[28:], y[28:], tol=1e-9, **FIXED)
+    assert gp.memory.ids.tolist() == list(range(28, 40))
+    for found, expected in zip(gp.predict(x), alone.predict(x), strict=True):
+        assert gap(found, expected) < (1e-3 if sizes == "fit" else 1e-5)
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("memory", [0, 5, 100])
 def test_fading_before_each_update_weighs_by_age(factor, memory):
