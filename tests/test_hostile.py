@@ -3,14 +3,17 @@
 import copy
 
 import hostile
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hostile import CLASSES, LABELS, SOFTMAX, X, Y
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 from toys import F64, same_bits, unchecked
 
-from dualgp import DualGP, WeightPosterior, WeightSite, active, network_gp, transfer
+from dualgp import DualGP, WeightPosterior, WeightSite, active, leverage, merge, network_gp, plotting, transfer
+from dualgp.errors import InputError
 
 QUICK = settings(max_examples=120, derandomize=True, deadline=None)
 SLOW = settings(max_examples=3000, derandomize=False, deadline=None)
@@ -191,3 +194,21 @@ def test_classes_of_another_device_are_refused_by_name():
         assert hostile.obey(name, (arg, "meta")) is None
     assert CLASSES.dtype == torch.int64
     assert X.dtype == F64
+
+
+def test_what_is_no_posterior_of_the_kind_that_is_asked_for_is_refused_by_name():
+    exact, gp = hostile.exact(), hostile.gp()
+    fig, ax = plt.subplots()
+    for match, call in (
+        ("as posteriors over weights, got Posterior", lambda: merge([gp.posterior, gp.posterior])),
+        (r"ExactGP; of an ExactGP, give its posterior\(\)", lambda: leverage(exact, X, exact.sites)),
+        ("a model that has one, got dict", lambda: leverage({}, X, exact.sites)),
+        (r"got ExactGP; of an ExactGP, its posterior\(\)", lambda: plotting.plot_posterior_1d(ax, exact, X[:, :1])),
+        ("got Conditioned", lambda: plotting.plot_posterior_1d(ax, gp.condition(X[:2], Y[:2]), X[:, :1])),
+        ("must be a torch.Tensor, got list; a loader gives both", lambda: gp.fit(X.tolist(), Y)),
+        (r"TensorDataset has no batches: give DataLoader\(dataset", lambda: gp.fit(TensorDataset(X, Y))),
+    ):
+        with unchecked(), pytest.raises(InputError, match=match):
+            call()
+    assert not ax.lines
+    plt.close(fig)

@@ -13,6 +13,7 @@ from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dualgp.checks import check_number
@@ -398,9 +399,13 @@ class DualGP(FittedGP):
         self, X: Any, y: Tensor | None, batch_size: int | None, generator: torch.Generator | None, ranks: Ranks
     ) -> Data | TensorBatches | Batches:
         """What `fit` was given, checked as far as it can be before it is read."""
+        if isinstance(X, Dataset):
+            raise InputError(f"A {type(X).__name__} has no batches: give DataLoader(dataset, batch_size=...).")
         if not _is_array(X):
             if y is not None:
-                raise InputError("With a loader the targets come from it: call fit(loader).")
+                raise InputError(
+                    f"With targets y X must be a torch.Tensor, got {type(X).__name__}; a loader gives both."
+                )
             return Batches(X, self._check_batch)
         if y is None:
             raise InputError("fit(X, y) needs the targets y; only a DataLoader goes without.")

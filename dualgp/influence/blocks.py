@@ -71,8 +71,16 @@ def blocks_of(q: FunctionPosterior | HasPosterior, x: Tensor, sites: Sites) -> I
 
 
 def bare(q: Any) -> Any:
-    """Return the `Posterior` inside a model that has one (`DualGP`, `NetworkPosterior`), anything else as it is."""
-    return getattr(q, "posterior", q)
+    """Return the `Posterior` inside a model that has one (`DualGP`, `NetworkPosterior`), anything else as it is.
+
+    Raises:
+        InputError: for what is no posterior of a function.
+    """
+    found = getattr(q, "posterior", q)
+    if not hasattr(found, "function_blocks"):
+        hint = "; of an ExactGP, give its posterior()" if callable(found) and found is not q else ""
+        raise InputError(f"Expected a Posterior, or a model that has one, got {type(q).__name__}{hint}.")
+    return found
 
 
 def as_matrices(sites: Sites) -> tuple[Tensor, Tensor]:

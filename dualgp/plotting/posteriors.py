@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical
 from dualgp.basis import InducingBasis
 from dualgp.checks import check_tensor
 from dualgp.errors import InputError
+from dualgp.gp.exact import ExactGP
 from dualgp.gp.model import DualGP
 from dualgp.nets.posterior import NetworkPosterior
 from dualgp.plotting.style import (
@@ -73,6 +74,11 @@ def plot_posterior_1d(
     """
     q = model.posterior if isinstance(model, DualGP) else model
     check_tensor("x", x)
+    if not hasattr(q, "basis"):
+        hint = "; of an ExactGP, its posterior()" if isinstance(model, ExactGP) else ""
+        raise InputError(
+            f"plot_posterior_1d draws a DualGP, a NetworkPosterior or a Posterior, got {type(model).__name__}{hint}."
+        )
     points = None if data is None else checked_data(data, 1)
     several = q.basis.batch_shape or (q.basis.num_outputs or 1) > 1
     if x.ndim != 2 or x.shape[-1] != 1 or several:

@@ -336,6 +336,12 @@ def _weights(posteriors: Sequence[object], weights: Sequence[Number] | None) -> 
 
 def _check_alike(posteriors: Sequence[Q]) -> None:
     """Raise unless all are of one kind, over the same weights, in one dtype on one device."""
+    for q in posteriors:
+        if not isinstance(q, WeightPosterior | KroneckerPosterior):
+            raise InputError(
+                f"Models are merged as posteriors over weights, got {type(q).__name__}. Posteriors on one basis merge "
+                "by their sites: Posterior(basis, a.site + b.site)."
+            )
     check_layouts(posteriors)
     first, *others = posteriors
     for other in others:
