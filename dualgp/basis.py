@@ -141,6 +141,11 @@ class SiteSum:
         return Site(self._lam.clone(), self._gram.total())
 
 
+def jitter_for(dtype: torch.dtype) -> float:
+    """Return the jitter that rounding asks for: that of K_xz, in the dtype of inputs, is divided by its root."""
+    return 1e-8 if dtype == torch.float64 else 1e-6
+
+
 class InducingBasis(Basis):
     """f(x) = μ(x) + φ(x)ᵀw + r(x), with φ(x) = L⁻¹k(Z, x), L = chol K_zz, w ~ N(0, I), r of variance k − φᵀφ.
 
@@ -152,7 +157,8 @@ class InducingBasis(Basis):
         inducing_points: Z, shape [*batch, M, D]; its dtype is the dtype of n × M work and of the answers.
         mean: a GPyTorch mean, or None for zero.
         num_outputs: C for several outputs per datum (the last batch dimension), None for one.
-        jitter: relative to the mean of diag K_zz; what was used is in `.jitter`.
+        jitter: relative to the mean of diag K_zz; 10⁻⁸ for float64 inputs and 10⁻⁶ for others if None. What was used is
+            in `.jitter`.
 
     Raises:
         InputError: if the inducing points are not a finite floating-point matrix.
@@ -174,7 +180,7 @@ class InducingBasis(Basis):
         mean: Mean | None = None,
         *,
         num_outputs: int | None = None,
-        jitter: float = 1e-6,
+        jitter: float | None = None,
         _owned: bool = False,
     ) -> None:
         if not _owned:
@@ -182,7 +188,6 @@ class InducingBasis(Basis):
             if mean is not None and not isinstance(mean, Mean):
                 raise UnsupportedError(f"mean must be a gpytorch.means.Mean or None, got {type(mean).__name__}.")
         check_tensor("inducing_points", inducing_points)
-        check_number("jitter", jitter, least=0)
         if inducing_points.ndim < 2 or not inducing_points.is_floating_point():
             raise InputError(
                 "inducing_points must be floating point of shape [*batch, M, D], got "
@@ -196,7 +201,8 @@ class InducingBasis(Basis):
         self.mean: Mean | None = mean if _owned or mean is None else frozen_copy(mean)
         self.inducing_points = inducing_points.detach().clone()
         self.num_outputs = num_outputs
-        self.requested_jitter = jitter
+        self.requested_jitter = jitter = jitter_for(inducing_points.dtype) if jitter is None else jitter
+        check_number("jitter", jitter, least=0)
         with torch.no_grad():
             Z = self.expand(self.inducing_points)
             Kzz = self.prior_covariance(Z)

@@ -160,7 +160,7 @@ def fit_sampler(rank: int, given: dict[str, Any], options: dict[str, Any]) -> di
 def bound(rank: int, kind: str, Z: Tensor, sites: Sites | None) -> tuple[float, list[Tensor]]:
     """`site_bound` of all data at sites that no E-step left."""
     x, y = (share(t, rank) for t in problem(kind))
-    hyper = model(kind)._hyper(*(lambda m: (m.kernel, m.likelihood))(model(kind)), Z, True, True)
+    hyper = model(kind)._hyper(*(lambda m: (m.kernel, m.mean, m.likelihood))(model(kind)), Z, True, True)
     mine = None if sites is None else Sites(share(sites.lam, rank), share(sites.beta, rank))
     found = site_bound(hyper, Data(x, y, False), mine, Ranks(dist.group.WORLD))
     return found.value, found.gradient
@@ -174,7 +174,7 @@ def learn(rank: int, kind: str, Z: Tensor, parts: list[list[Tensor]]) -> tuple[T
 def learn_on(kind: str, Z: Tensor, rows: list[Tensor], ranks: Ranks) -> tuple[Tensor, int]:
     data = Data(*problem(kind), False)
     gp = model(kind)
-    hyper = gp._hyper(gp.kernel, gp.likelihood, Z, True, True)
+    hyper = gp._hyper(gp.kernel, gp.mean, gp.likelihood, Z, True, True)
     mine = [data.rows(r) for r in rows]
     none = data.rows(slice(0, 0))
     start = Posterior(hyper.basis())

@@ -4,9 +4,10 @@ import gpytorch
 import pytest
 import reference as ref
 import torch
-from toys import F64, at, gap, line, matern, rbf, waves
+from toys import F64, at, gap, gaussian, line, matern, rbf, waves
 
-from dualgp import InducingBasis, errors
+from dualgp import DualGP, InducingBasis, errors
+from dualgp.kernels import prior_covariance
 
 
 def dense(Z: torch.Tensor, x: torch.Tensor, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,3 +160,23 @@ def test_outputs_that_do_not_fit_the_kernel_are_refused():
             InducingBasis(rbf(), bad)
     with pytest.raises(errors.InputError, match="finite"):
         InducingBasis(rbf(), torch.full((3, 1), float("inf")))
+
+
+def test_the_jitter_that_is_not_given_is_what_the_dtype_asks_for():
+    Z = line(0, 1, 5)
+    assert InducingBasis(rbf(), Z).jitter == 1e-8
+    assert InducingBasis(rbf(), Z.float()).jitter == 1e-6
+    assert InducingBasis(rbf(), Z, jitter=1e-5).at(Z).jitter == 1e-5
+    gp = DualGP(rbf(), gaussian(), inducing_points=Z)
+    gp.update(Z, Z[:, 0], learn_hyperparameters=False)
+    assert gp.jitter == gp.posterior.basis.jitter == 1e-8
+
+
+def test_standard_deviations_where_the_noise_is_small():
+    """Noise variance 1e-4 beside amplitude 1, more inducing inputs than the function needs."""
+    x = line(0, 6, 200)
+    gp = DualGP(rbf(1.0), gaussian(1e-4), inducing_points=line(0, 6, 60))
+    gp.update(x, (2 * x[:, 0]).sin(), learn_hyperparameters=False)
+    K = prior_covariance(rbf(1.0), x).detach()
+    exact = (K - K @ torch.linalg.solve(K + 1e-4 * torch.eye(200, dtype=F64), K)).diagonal()
+    assert ((gp.predict(x)[1] / exact).sqrt() - 1).abs().max() < 5e-3

@@ -67,7 +67,7 @@ def solve(basis: InducingBasis, likelihood, x: Tensor, y: Tensor, multi: bool = 
     return e_step(Source(basis, Data(x, y, multi)), likelihood, **options)
 
 
-def hyper(kernel, likelihood, Z: Tensor, mean=None, *, dtype=F64, num_outputs=None, jitter=1e-6, **options) -> Hyper:
+def hyper(kernel, likelihood, Z: Tensor, mean=None, *, dtype=F64, num_outputs=None, jitter=None, **options) -> Hyper:
     return Hyper(kernel, mean, likelihood, Z, dtype=dtype, num_outputs=num_outputs, jitter=jitter, **options)
 
 

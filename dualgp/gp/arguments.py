@@ -29,7 +29,7 @@ def check_arguments(
     num_inducing: int | None,
     inducing_points: Tensor | None,
     num_outputs: int | None,
-    jitter: float,
+    jitter: float | None,
 ) -> None:
     """Raise unless these make a model.
 
@@ -55,7 +55,8 @@ def check_arguments(
             f"{type(likelihood).__name__} with parameters per output or per datum is not supported for num_outputs="
             f"{num_outputs}: use MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), or one DualGP each."
         )
-    check_number("jitter", jitter, least=0)
+    if jitter is not None:
+        check_number("jitter", jitter, least=0)
 
 
 def check_mode() -> None:

@@ -32,7 +32,7 @@ class FittedGP(ScoredModel):
     likelihood: Likelihood
     mean: Mean | None
     num_outputs: int | None
-    jitter: float
+    jitter: float | None
     inducing_points: Tensor | None
     site_lam: Tensor | None
     site_B: Tensor | None

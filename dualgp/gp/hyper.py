@@ -14,7 +14,7 @@ from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from dualgp.basis import InducingBasis
+from dualgp.basis import InducingBasis, jitter_for
 
 GUARD = 2.0  # standard deviation of log θ about the start of a stream: a factor of seven
 
@@ -43,7 +43,7 @@ class Hyper(gpytorch.Module):
         *,
         dtype: torch.dtype,
         num_outputs: int | None,
-        jitter: float,
+        jitter: float | None,
         learn_inducing: bool = True,
         learn_hyperparameters: bool = True,
     ) -> None:
@@ -54,7 +54,8 @@ class Hyper(gpytorch.Module):
         self.double().to(device)
         if not learn_hyperparameters:
             self.requires_grad_(False)
-        self.dtype, self.num_outputs, self.jitter = dtype, num_outputs, jitter
+        self.dtype, self.num_outputs = dtype, num_outputs
+        self.jitter = jitter_for(dtype) if jitter is None else jitter
         self.start: Tensor | None = None
         self.set_inducing(inducing_points, learn=learn_inducing)
 

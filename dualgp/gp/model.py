@@ -56,7 +56,8 @@ class DualGP(FittedGP):
         inducing_points: Z itself, [M, D] or [*batch, M, D], in place of `num_inducing`.
         num_outputs: C for a one-dimensional likelihood with targets [n, C]; softmax and multitask likelihoods say it
             themselves.
-        jitter: added to K_zz, relative to the mean of its diagonal.
+        jitter: added to K_zz, relative to the mean of its diagonal; 10⁻⁸ for float64 inputs and 10⁻⁶ for float32 if
+            None.
         memory: how many past data a stream keeps, with their sites, to find them anew; twice as many as inducing
             inputs, 40 for each output and 100 at least if None, none if 0. `fit` fills it only if it is given.
         memory_rule: which data those are: "random" (a fair sample of the stream: nothing pulls the hyperparameters),
@@ -94,7 +95,7 @@ class DualGP(FittedGP):
         num_inducing: int | None = None,
         inducing_points: Tensor | None = None,
         num_outputs: int | None = None,
-        jitter: float = 1e-6,
+        jitter: float | None = None,
         memory: int | None = None,
         memory_rule: str | Rule = "random",
         window: int | None = None,
@@ -425,7 +426,7 @@ class DualGP(FittedGP):
     def _hold(self, hyper: Hyper, posterior: Posterior, num_rows: int) -> None:
         """Take over hyperparameters, Z and q, and nothing of single data."""
         self._take_hyperparameters(hyper)
-        self.inducing_points = posterior.basis.inducing_points.clone()
+        self.inducing_points, self.jitter = posterior.basis.inducing_points.clone(), posterior.basis.requested_jitter
         for name in (*stream.BUFFERS, "lam", "beta"):
             setattr(self, name, None)
         self.site_lam, self.site_B = posterior.site.lam, posterior.site.B

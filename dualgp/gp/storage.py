@@ -32,7 +32,7 @@ NAME, COUNT = (str, files.NONE), (int, files.NONE)
 MODULES: files.Schema = {"kernel": (str,), "likelihood": (str,), "mean": NAME, "num_outputs": COUNT}
 SCHEMA: files.Schema = {
     **MODULES,
-    "jitter": (int, float),
+    "jitter": (int, float, files.NONE),
     "num_inducing": COUNT,
     "inducing_given": (bool,),
     "memory": COUNT,

@@ -106,7 +106,7 @@ def write(model: FittedGP, state: State, *, owned: bool = False) -> None:
     `owned` says that nobody else changes the modules of the state's basis, so that it need not be built anew.
     """
     memory, noise = state.memory, state.noise
-    model.inducing_points = state.basis.inducing_points.clone()
+    model.inducing_points, model.jitter = state.basis.inducing_points.clone(), state.basis.requested_jitter
     model.site_lam, model.site_B = state.posterior.site.lam, state.posterior.site.B
     model.rest_lam, model.rest_B = state.rest.lam, state.rest.B
     model.lam = model.beta = None

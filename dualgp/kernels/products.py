@@ -50,11 +50,15 @@ def check_kernel(kernel: object) -> None:
             raise UnsupportedError("An RFFKernel without num_dims= has drawn no features yet: give num_dims=.")
 
 
-def check_columns(kernel: Kernel, count: int, *, _picked: bool = False) -> None:
+def check_columns(kernel: Kernel, count: int) -> None:
     """Raise InputError unless the kernel takes inputs of so many columns."""
+    _check_columns(kernel, count, kernel.active_dims)
+
+
+def _check_columns(kernel: Kernel, count: int, active_dims: Tensor | None) -> None:
     taken = count
-    if kernel.active_dims is not None and not _picked:
-        last, taken = int(kernel.active_dims.max()), kernel.active_dims.numel()
+    if active_dims is not None:
+        last, taken = int(active_dims.max()), active_dims.numel()
         if last >= count:
             raise InputError(f"{type(kernel).__name__} takes column {last} (active_dims), but there are {count}.")
     own = type(kernel).__module__.startswith("gpytorch.")  # a user's kernel may put inputs into other coordinates
@@ -63,7 +67,7 @@ def check_columns(kernel: Kernel, count: int, *, _picked: bool = False) -> None:
             f"{type(kernel).__name__} has ard_num_dims={kernel.ard_num_dims}, but takes {taken} columns of inputs."
         )
     if isinstance(kernel, ScaleKernel):  # which has taken over the active_dims of its base
-        check_columns(kernel.base_kernel, taken, _picked=True)
+        _check_columns(kernel.base_kernel, taken, None)
     elif isinstance(kernel, AdditiveKernel | ProductKernel):
         for part in kernel.kernels:
             check_columns(part, taken)

@@ -187,11 +187,13 @@ class KroneckerPosterior:
         *,
         prior_mean: Tensor | Number = 0.0,
         prior_precision: Tensor | Number,
+        _owned: bool = False,
     ) -> None:
         like = site.lam if site is not None else first_tensor(prior_mean, prior_precision)
         self.layout, self.site = layout, site
-        # Copies: callers may write to their own.
-        parts = [torch.as_tensor(v, device=like.device).to(like).clone() for v in (prior_mean, prior_precision)]
+        parts = [torch.as_tensor(v, device=like.device).to(like) for v in (prior_mean, prior_precision)]
+        if not _owned:  # the caller may change its own
+            parts = [part.clone() for part in parts]
         if any(part.shape not in ((), (layout.size,)) for part in parts):
             raise InputError(
                 f"For {layout.size} weights prior_mean and prior_precision are numbers or [{layout.size}]; got "
@@ -229,12 +231,13 @@ class KroneckerPosterior:
                 f"{curvature.layout.size}."
             )
         lam = base.precision * (mean - base.mean) + curvature @ mean
-        prior = {"prior_mean": base.mean, "prior_precision": base.precision}
-        return cls(base.layout, KroneckerSite(lam, curvature), **prior)
+        site = KroneckerSite(lam, curvature)
+        return cls(base.layout, site, prior_mean=base.mean, prior_precision=base.precision, _owned=True)
 
     def with_site(self, site: KroneckerSite | None) -> KroneckerPosterior:
         """Return the posterior of another site under the same prior."""
-        return KroneckerPosterior(self.layout, site, prior_mean=self.prior_mean, prior_precision=self.prior_precision)
+        prior = {"prior_mean": self.prior_mean, "prior_precision": self.prior_precision}
+        return KroneckerPosterior(self.layout, site, **prior, _owned=True)
 
     def to_dense(self) -> WeightPosterior:
         """Return the same Gaussian with its precision written out, [P, P] in float64."""

@@ -146,7 +146,7 @@ def test_the_bound_and_its_gradient_are_those_of_all_data(pair, kind):
     if kind == "bernoulli":
         sites = Sites(torch.randn(90, generator=g, dtype=F64), torch.rand(90, generator=g, dtype=F64))
     gp = ranks.model(kind)
-    expected = site_bound(gp._hyper(gp.kernel, gp.likelihood, Z, True, True), Data(x, y, False), sites)
+    expected = site_bound(gp._hyper(gp.kernel, gp.mean, gp.likelihood, Z, True, True), Data(x, y, False), sites)
     for value, gradient in pair(ranks.bound, kind, Z, sites):
         assert abs(value - expected.value) < 1e-11 * abs(expected.value)
         for found, true in zip(gradient, expected.gradient, strict=True):

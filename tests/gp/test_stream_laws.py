@@ -409,7 +409,7 @@ def test_a_stream_that_forgot_nothing_carries_nothing(name):
     gp.update(x, y, **FIXED)
     state = read(gp)
     assert state.holds_all
-    hyper = gp._hyper(gp.kernel, gp.likelihood, state.basis.inducing_points, False, True)
+    hyper = gp._hyper(gp.kernel, gp.mean, gp.likelihood, state.basis.inducing_points, False, True)
     hyper.kernel.base_kernel.lengthscale = 0.5
     anchor, found = Anchor.of(state.basis, state.rest, state.noise), []
     for old in (anchor, None):
@@ -955,7 +955,7 @@ def test_the_guard_is_a_normal_prior_about_the_start(tmp_path):
     gp = new(given=False)
     gp.update(x[:20], y[:20])
     assert gp.log_start is not None
-    hyper = gp._hyper(gp.kernel, gp.likelihood, gp.inducing_points, False, True)
+    hyper = gp._hyper(gp.kernel, gp.mean, gp.likelihood, gp.inducing_points, False, True)
     without = hyper.log_prior()
     start = gp.log_start.clone()
     assert torch.equal(hyper.guard(start), start)
