@@ -4,7 +4,7 @@ import gpytorch
 import pytest
 import reference as ref
 import torch
-from toys import F64, at, gap, gaussian, line, matern, rbf, waves
+from toys import F64, at, gap, gaussian, line, matern, rbf, unchecked, waves
 
 from dualgp import DualGP, InducingBasis, errors
 from dualgp.kernels import prior_covariance
@@ -180,3 +180,47 @@ def test_standard_deviations_where_the_noise_is_small():
     K = prior_covariance(rbf(1.0), x).detach()
     exact = (K - K @ torch.linalg.solve(K + 1e-4 * torch.eye(200, dtype=F64), K)).diagonal()
     assert ((gp.predict(x)[1] / exact).sqrt() - 1).abs().max() < 5e-3
+
+
+def test_a_basis_at_other_inputs_keeps_all_else():
+    mean = gpytorch.means.ConstantMean().double()
+    mean.constant = 2.0
+    for basis in (
+        InducingBasis(rbf(), line(0, 1, 4), mean, num_outputs=3, jitter=1e-4),
+        InducingBasis.of_owned(rbf(), line(0, 1, 4), mean, num_outputs=3, jitter=1e-4),
+    ):
+        other = basis.at(line(0, 2, 5))
+        assert other.batch_shape == basis.batch_shape == (3,)
+        assert other.num_outputs == 3
+        assert other.jitter == 1e-4
+        assert gap(other.features(line(0, 1, 2)).prior_mean, 2.0) == 0
+
+
+def test_modules_are_taken_as_they_are_or_copied():
+    kernel, mean = rbf(), gpytorch.means.ConstantMean().double()
+    owned, copied = InducingBasis.of_owned(kernel, line(0, 1, 4), mean), InducingBasis(kernel, line(0, 1, 4), mean)
+    assert owned.kernel is kernel
+    assert owned.mean is mean
+    assert copied.kernel is not kernel
+    assert copied.mean is not mean
+
+
+def test_a_basis_without_a_mean_is_of_no_mean():
+    kernel, mean = rbf(), gpytorch.means.ConstantMean().double()
+    without, having = InducingBasis(kernel, line(0, 1, 4)), InducingBasis(kernel, line(0, 1, 4), mean)
+    assert without.is_of(kernel, None)
+    assert having.is_of(kernel, mean)
+    assert not without.is_of(kernel, mean)
+    assert not having.is_of(kernel, None)
+
+
+def test_what_is_refused_says_why():
+    basis = InducingBasis(rbf(), line(0, 1, 4))
+    with pytest.raises(errors.InputError, match="^Inputs must be finite, but hold NaN or infinity"):
+        basis.check_inputs(at(0.0, float("nan")).unsqueeze(-1))
+    with unchecked(), pytest.raises(errors.InputError, match="^x must be a torch.Tensor, got list"):
+        basis.check_inputs([[0.0]])
+    with pytest.raises(
+        errors.BasisMismatchError, match="^Both Z and the hyperparameters differ: move one, then the oth"
+    ):
+        basis.change_to(InducingBasis(rbf(0.1), line(0, 2, 4)))

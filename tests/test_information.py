@@ -142,3 +142,38 @@ def test_gradients(kind, of):
 def test_an_entropy_that_is_not_known(name):
     with pytest.raises(errors.UnsupportedError, match="BALD"):
         predictive_entropy(FAMILIES[name]().gp.likelihood, at(0.0), at(1.0))
+
+
+class Exposed(LogPoissonLikelihood):
+    """Counts of rate exposure · e^f."""
+
+    def forward(self, function_samples, *args, exposure=1.0, **kwargs):
+        return torch.distributions.Poisson(exposure * function_samples.exp())
+
+
+class Sharper(LogitBernoulliLikelihood):
+    """Labels whose logit is a multiple of f, of each datum its own."""
+
+    def forward(self, function_samples, *args, slope=1.0, **kwargs):
+        return torch.distributions.Bernoulli(logits=slope * function_samples)
+
+
+def test_numbers_of_each_datum_go_into_what_it_would_tell():
+    mean, var, number = at(-0.3, 0.4), at(0.5, 0.2), at(0.5, 3.0)
+    rate = number * (mean + 0.5 * var).exp()
+    assert gap(expected_beta(Exposed(), mean, var, exposure=number), rate) < 1e-9
+    known = brute(lambda f: (var * number * f.exp()).log1p() / 2, mean, var)
+    assert gap(mutual_information(Exposed(), mean, var, exposure=number), known) < 1e-6
+    # A logit of slope · f at f ~ N(m, v) is one of f at N(slope · m, slope² · v).
+    wide = number * mean, number.square() * var
+    likelihood, plain = Sharper(), LogitBernoulliLikelihood()
+    for of in (predictive_entropy, mutual_information):
+        assert gap(of(likelihood, mean, var, slope=number), of(plain, *wide)) < 1e-6
+    beta = expected_beta(likelihood, mean, var, slope=number)
+    assert gap(beta, number.square() * expected_beta(plain, *wide)) < 1e-6
+
+
+def test_the_noise_of_each_datum_goes_into_its_entropy():
+    likelihood, noise = FixedNoiseGaussianLikelihood(torch.ones(2)).double(), at(0.5, 2.0)
+    found = predictive_entropy(likelihood, at(0.0, 1.0), at(1.0, 3.0), noise=noise)
+    assert gap(found, torch.distributions.Normal(at(0.0, 1.0), (at(1.0, 3.0) + noise).sqrt()).entropy()) < 1e-12

@@ -210,3 +210,33 @@ def test_coupled_sites_that_do_not_belong_together_are_refused():
         Sites.cat([a, random_sites(6, 3, multi=True)])
     with pytest.raises(errors.InputError, match="a number per datum"):
         a * torch.ones(3)
+
+
+def test_an_offset_that_is_not_given_is_none():
+    sites, features = Sites(at(1.0, 2.0), at(0.5, 0.25)), at(1.0, 3.0).unsqueeze(-1)
+    assert gap(sites.pull_back(features).lam, at(7.0)) < 1e-15
+    coupled = Sites(at(1.0, 2.0).unsqueeze(-1), at(0.5, 0.25).reshape(2, 1, 1), True)
+    assert gap(coupled.pull_back(features.unsqueeze(1)).lam, at(7.0)) < 1e-15
+
+
+def test_coupled_sites_of_several_processes_join_by_their_data():
+    """With batch dimensions the data are neither the first dimension of λ nor that of the roots."""
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 5, 3, 3, generator=g, dtype=F64)
+    sites = Sites(torch.randn(2, 5, 3, generator=g, dtype=F64), root @ root.mT, True, root)
+    parts = [
+        Sites(sites.lam[:, a], sites.beta[:, a], True, root[:, a]) for a in (slice(0, 2), slice(2, 3), slice(3, 5))
+    ]
+    joined = Sites.cat(parts)
+    assert torch.equal(joined.lam, sites.lam)
+    assert torch.equal(joined.beta, sites.beta)
+    assert torch.equal(joined.root, root)
+
+
+def test_a_part_of_another_kind_is_refused_wherever_it_stands():
+    one, several = Sites(at(1.0), at(1.0)), Sites(at(1.0).unsqueeze(-1), at(1.0).unsqueeze(-1), True)
+    for parts in ([one, several], [one, one, several], [several, several, one]):
+        with pytest.raises(
+            errors.BasisMismatchError, match="^Coupled, independent and single-output sites do not join"
+        ):
+            Sites.cat(parts)
