@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +29,14 @@ class FunctionPosterior(Protocol):
 
 
 @runtime_checkable
+class RemovesItsOwnWay(Protocol):
+    """A posterior that holds less of a site than φᵀBφ, and says what changes at a datum when that goes."""
+
+    def removal_shift(self, x: Tensor, lam: Tensor, B: Tensor, order: Order) -> Shift | None:
+        """Return the change at each of x without its own site (λ [n, C], B [n, C, C]); None where φᵀBφ is held."""
+
+
+@runtime_checkable
 class HasPosterior(Protocol):
     """A model around such a posterior: a fitted `DualGP`, a `NetworkPosterior`."""
 
@@ -45,10 +54,11 @@ class Block:
     V: Tensor
     alpha: Tensor
     B: Tensor
+    own: Callable[[Order], Shift | None]
 
     def shift(self, order: Order, max_hat: float) -> Shift:
         """Return what changes at each datum when its site goes."""
-        return removal_shift(self.V, self.alpha, self.B, order=order, max_hat=max_hat)
+        return self.own(order) or removal_shift(self.V, self.alpha, self.B, order=order, max_hat=max_hat)
 
 
 @torch.no_grad()
@@ -67,7 +77,12 @@ def blocks_of(q: FunctionPosterior | HasPosterior, x: Tensor, sites: Sites) -> I
         lam, B = (t.to(V) for t in as_matrices(sites[rows]))
         if B.shape != V.shape:
             raise InputError(f"The posterior has {V.shape[-1]} outputs, the sites {B.shape[-1]}.")
-        yield Block(rows, mean, V, lam - (B @ mean.unsqueeze(-1)).squeeze(-1), B)
+        own = functools.partial(_own_shift, posterior, x[rows], lam, B)
+        yield Block(rows, mean, V, lam - (B @ mean.unsqueeze(-1)).squeeze(-1), B, own)
+
+
+def _own_shift(q: FunctionPosterior, x: Tensor, lam: Tensor, B: Tensor, order: Order) -> Shift | None:
+    return q.removal_shift(x, lam, B, order) if isinstance(q, RemovesItsOwnWay) else None
 
 
 def bare(q: Any) -> Any:

@@ -92,9 +92,8 @@ def leave_one_out(
     HV_{−i}H·C/(C − 1), H = I − 11ᵀ/C, since V keeps a prior-sized variance along 1, which no softmax sees.
 
     Args:
-        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`. (A network with a diagonal
-            structure leaves out exactly by its own `NetworkPosterior.leave_one_out`; here φᵀBφ is taken out, not its
-            diagonal.)
+        q: a fitted `DualGP`, a `NetworkPosterior`, a `Posterior` or a `DiagonalPosterior`. (Of a network's diagonal
+            structure the diagonal of φᵀBφ is taken out, which is what it holds.)
         x: inputs, [n, D] or [n, *input_shape].
         y: targets, [n] or [n, C]; [n] for a network with one output too.
         sites: the sites of the n data.
@@ -105,6 +104,7 @@ def leave_one_out(
 
     Raises:
         InputError: if inputs, targets and sites do not fit each other, or targets the likelihood.
+        NotPositiveDefiniteError: if a network's diagonal structure does not hold the sites.
         UnsupportedError: if the likelihood has no elementwise conditional.
 
     Warns:

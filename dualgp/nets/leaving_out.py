@@ -13,7 +13,6 @@ from dualgp.influence import LeftOut, leave_one_out
 from dualgp.influence.blocks import as_matrices, limit_of, warn_capped
 from dualgp.influence.left_out import scored
 from dualgp.nets.data import Batch, rows_of
-from dualgp.nets.structured import StructuredPosterior
 from dualgp.sites import Sites
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ def one_by_one(q: NetworkPosterior, x: Tensor, y: Tensor, params: dict[str, Tens
     if not isinstance(q.likelihood, SoftmaxLikelihood):
         shape = (len(x), q.num_outputs)
         y, options = y.reshape(shape), {name: value.reshape(shape) for name, value in params.items()}
-    diagonal = isinstance(q.posterior, StructuredPosterior) and q.posterior.structure.kind == "diagonal"
-    if not diagonal and bool((sizes == q.basis.size).all()):
+    if bool((sizes == q.basis.size).all()):
         return leave_one_out(q.posterior, x, y, sites, q.likelihood, **options)
     return scored(*_without(q, x, sites, sizes), y, sites, q.likelihood, **options)
 

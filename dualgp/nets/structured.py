@@ -21,13 +21,14 @@ from torch import Tensor
 from dualgp.checks import check_generator
 from dualgp.draws import normal
 from dualgp.errors import BasisMismatchError, InputError, NotPositiveDefiniteError, check_count
+from dualgp.influence.formulas import Order, Shift
 from dualgp.jacobian import JacobianBasis
 from dualgp.kernels import JacobianBlock
 from dualgp.linalg import symmetrise
 from dualgp.nets.eigenbasis import Eigenbasis, linear
 from dualgp.nets.factors import Kronecker
 from dualgp.nets.layerwise import Structure, StructuredSite, StructuredSum
-from dualgp.nets.spectrum import StructuredSpectrum
+from dualgp.nets.spectrum import DiagonalBlocks, StructuredSpectrum
 from dualgp.sites import Sites, check_sites_are_finite
 
 _BLOCK_BYTES, _MIN_ROWS = 16 << 20, 64  # of a block of rows: more is not faster
@@ -110,6 +111,25 @@ class StructuredPosterior:
             means.append(linear(phi, w))
             covs.append(self.eigenbasis.covariance(phi))
         return torch.cat(means), torch.cat(covs)
+
+    @torch.no_grad()
+    def removal_shift(self, x: Tensor, lam: Tensor, B: Tensor, order: Order) -> Shift | None:
+        """Return what changes at each datum of x when its own site goes, where the structure holds a diagonal.
+
+        Args:
+            x: inputs, n of them.
+            lam: λ of their sites, [n, C].
+            B: their precisions, [n, C, C].
+            order: "removal", or "first" for the derivative in the weight of a datum.
+        """
+        if self.structure.kind != "diagonal":
+            return None
+        D, w, parts = 1.0 + self.eigenbasis.values, self.mean_w, []
+        for rows, phi in self.blocks(x):
+            mean, V = linear(phi, w), self.eigenbasis.covariance(phi)
+            block = DiagonalBlocks(mean, V, 0.0, phi=phi, precision=D, mean_w=w)
+            parts.append(block.shift(lam[rows], B[rows], order))
+        return Shift(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def double_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `predict_blocks` does, in float64; there is no residual. Errors as in `predict`."""
