@@ -75,14 +75,16 @@ class _Mixture(MixtureSameFamily):
         if self.marginals is None:  # expanded
             return super().log_prob(value)
         likelihood, mean, var, params = self.marginals
-        return log_predictive(likelihood, value, *torch.broadcast_tensors(mean, var), **params).to(mean.dtype)
+        value, mean, var = torch.broadcast_tensors(value, mean, var)
+        return log_predictive(likelihood, value, mean, var, **params).to(mean.dtype)
 
 
 def log_predictive(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, **params: Tensor) -> Tensor:
     """Return log E_q[p(y_i|f_i)] with the shape of y, in float64, to 1e-6 in the tails too.
 
     In closed form for Gaussian and probit likelihoods; else by Gauss–Hermite quadrature, and where that has not settled
-    (q wide beside the likelihood, or y far from what q expects) by panels around the peak of the integrand.
+    (q wide beside the likelihood, or y far from what q expects) by panels around the peak of the integrand; then to
+    1e-4, if var is above 10³ for labels of a logistic link.
 
     Arguments and errors as in `predictive_distribution`.
 

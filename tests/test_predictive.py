@@ -257,3 +257,15 @@ def test_a_logit_likelihood_called_as_gpytorch_calls_it_is_no_probit():
     assert gap(likelihood.expected_log_prob(y, q), expected) < 1e-6
     log_p = ref.brute(lambda f: torch.sigmoid((2 * y - 1) * f), MEANS, VARS).log()
     assert gap(likelihood.log_marginal(y, q), log_p) < 1e-6
+
+
+def test_a_distribution_has_a_density_at_any_values_that_go_with_its_shape():
+    found = predictive_distribution(LogPoissonLikelihood(), MEANS.float(), VARS.float())
+    counts = torch.arange(400.0)
+    log_p = found.log_prob(counts.unsqueeze(-1))
+    assert log_p.shape == (400, len(MEANS))
+    assert log_p.dtype == torch.float32
+    assert gap(log_p.exp().sum(0), torch.ones(len(MEANS))) < 1e-4
+    assert gap(found.log_prob(torch.tensor(3.0)), log_p[3]) < 1e-6
+    wider = found.expand(torch.Size([2, len(MEANS)]))  # the mixture's own
+    assert wider.log_prob(counts[3]).shape == (2, len(MEANS))

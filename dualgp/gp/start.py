@@ -32,7 +32,12 @@ _FACTORS = [2.0**k for k in range(-40, 42, 2)]  # to seconds since 1970, and fro
 def workable_start(
     kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data, num_outputs: int | None
 ) -> tuple[Kernel, Mean | None, Likelihood]:
-    """Return kernel, mean and likelihood, or copies from which `data` can be learned; see the functions below."""
+    """Return kernel, mean and likelihood, or copies from which `data` can be learned; see the functions below.
+
+    Raises:
+        InputError: if kernel or mean have another batch shape than a model of so many outputs.
+    """
+    InducingBasis(kernel, data.x[..., :1, :], mean, num_outputs=num_outputs)
     mean = centred_mean(kernel, mean, likelihood, data)
     kernel, likelihood = in_units_of(kernel, mean, likelihood, data, num_outputs)
     return workable_kernel(kernel, mean, likelihood, data, num_outputs), mean, likelihood

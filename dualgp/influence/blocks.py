@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualgp.checks import check_number, check_tensor
 from dualgp.errors import InputError, NumericalWarning
-from dualgp.influence.formulas import Order, Shift, removal_shift
+from dualgp.influence.formulas import Order, Shift, check_order, removal_shift
 from dualgp.posterior import Posterior
 from dualgp.sites import Sites, check_sites_are_finite
 
@@ -58,6 +58,7 @@ class Block:
 
     def shift(self, order: Order, max_hat: float) -> Shift:
         """Return what changes at each datum when its site goes."""
+        check_order(order)
         return self.own(order) or removal_shift(self.V, self.alpha, self.B, order=order, max_hat=max_hat)
 
 

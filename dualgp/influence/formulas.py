@@ -6,7 +6,7 @@ g data is one such block of size gC, with the cross-covariances in V and a block
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,12 @@ class Shift(NamedTuple):
     cov: Float[Tensor, "*n c c"]
     hat: Float[Tensor, "*n"]
     capped: Bool[Tensor, "*n"]
+
+
+def check_order(order: str) -> None:
+    """Raise InputError unless this names an order."""
+    if order not in get_args(Order):
+        raise InputError(f'order must be "removal" or "first", got {order!r}.')
 
 
 def removal_shift(
@@ -72,8 +78,7 @@ def removal_shift(
             "Expected V and B of shape [..., C, C] and alpha [..., C], got "
             f"{tuple(V.shape)}, {tuple(B.shape)} and {tuple(alpha.shape)}."
         )
-    if order not in ("removal", "first"):
-        raise InputError(f'order must be "removal" or "first", got {order!r}.')
+    check_order(order)
     if not max_hat < 1:
         raise InputError(f"max_hat must be below 1, got {max_hat}.")
     values, vectors = torch.linalg.eigh(symmetrise(V))

@@ -11,7 +11,7 @@ from gpytorch.means import ConstantMean, LinearMean
 from toys import F64, gap, gaussian, rbf, waves
 
 from dualgp import DualGP, ExactGP
-from dualgp.errors import NumericalWarning
+from dualgp.errors import InputError, NumericalWarning
 from dualgp.gp.data import Data
 from dualgp.gp.start import centred_mean, in_units_of, workable_kernel
 
@@ -173,3 +173,13 @@ def test_targets_near_the_mean_leave_it_where_it_is():
     assert centred_mean(ScaleKernel(RBFKernel()).double(), mean, gaussian(), near) is mean
     few = Data(x[:5], f[:5] + 100, False)
     assert centred_mean(ScaleKernel(RBFKernel()).double(), mean, gaussian(), few) is mean
+
+
+def test_a_mean_of_another_number_of_outputs_is_refused_before_anything_is_learned():
+    x, f, _ = waves(60, 1)
+    mean = ConstantMean(batch_shape=torch.Size([3])).double()
+    gp = DualGP(ScaleKernel(RBFKernel()).double(), gaussian(), mean=mean, num_outputs=2, num_inducing=5)
+    for call in (gp.fit, gp.update):
+        with pytest.raises(InputError, match="A model of 2 outputs needs a kernel and mean with batch shape"):
+            call(x, torch.stack([f, f], -1))
+    assert gp.inducing_points is None

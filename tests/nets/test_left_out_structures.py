@@ -2,8 +2,9 @@
 
 import pytest
 from netproblems import NET, REGRESSOR, SOFTMAX, TARGETS, TAU, X, Y, gap, gaussian
+from toys import unchecked
 
-from dualgp import leave_one_out, network_gp, sensitivity
+from dualgp import errors, leave_one_out, network_gp, sensitivity
 
 PROBLEMS = {"classes": (NET, Y, SOFTMAX), "values": (REGRESSOR, TARGETS, gaussian())}
 
@@ -37,6 +38,8 @@ def test_the_measures_ask_the_structure_what_a_removal_is(problem):
     q = network_gp(net, (X, y), likelihood, prior_precision=TAU, structure="diagonal")
     sites = q.sites_at(X, y)
     out, moved = leave_one_out(q, X, y, sites, likelihood), sensitivity(q, X, sites)
+    with unchecked(), pytest.raises(errors.InputError, match="order must be"):
+        sensitivity(q, X, sites, order="second")
     small = 1e-5
     first = sensitivity(q, X, sites, order="first")
     for i in (0, 7, 19):
