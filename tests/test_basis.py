@@ -222,3 +222,23 @@ def test_what_is_refused_says_why():
         basis.check_inputs([[0.0]])
     with pytest.raises(errors.BasisMismatchError, match="^Both Z and the hyperparameters differ: move one"):
         basis.change_to(InducingBasis(rbf(0.1), line(0, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"inducing_points": [[0.0]]}, errors.InputError, "^inducing_points must be a torch.Tensor, got list"),
+        (
+            {"inducing_points": torch.arange(3)},
+            errors.InputError,
+            "^inducing_points must be floating point of shape",
+        ),
+        ({"jitter": -1e-3}, errors.InputError, "^jitter must be ≥ 0"),
+        ({"jitter": "small"}, errors.InputError, "^jitter must"),
+        ({"mean": 0.0}, errors.UnsupportedError, "^mean must be a gpytorch.means.Mean or None, got float"),
+        ({"kernel": "rbf"}, errors.UnsupportedError, "^Expected a gpytorch.kernels.Kernel, got str"),
+    ],
+)
+def test_arguments_of_a_basis_are_refused_by_name(change, error, match):
+    with unchecked(), pytest.raises(error, match=match):
+        InducingBasis(**{"kernel": rbf(), "inducing_points": line(0, 1, 4), **change})
