@@ -48,9 +48,9 @@ def test_the_log_density_is_the_log_of_the_integral(name):
         assert gap(predictive_distribution(make(), MEANS, VARS).log_prob(y), exact) < 1e-6
 
 
-def student(noise: float) -> StudentTLikelihood:
+def student(noise: float, deg_free: float = 4.0) -> StudentTLikelihood:
     likelihood = StudentTLikelihood().double()
-    likelihood.noise, likelihood.deg_free = at(noise), at(4.0)
+    likelihood.noise, likelihood.deg_free = at(noise), at(deg_free)
     return likelihood
 
 
@@ -66,6 +66,8 @@ def student(noise: float) -> StudentTLikelihood:
         (student(0.01), 6.0, 0.0, 4.0),
         (student(1e-6), 1.0, 0.0, 1.0),
         (student(1e-6), 10.0, 0.0, 4.0),  # five deviations away, and two peaks
+        (student(0.01, 2.5), 10.0, 0.0, 4.0),  # … of which the lower holds half, as broad as q
+        (student(0.01, 2.5), -10.0, 0.0, 4.0),
         (student(1.0), 30.0, 0.0, 1.0),
     ],
 )
@@ -79,6 +81,20 @@ def test_the_log_density_of_a_latent_that_is_wide_beside_its_likelihood(likeliho
         assert gap(found, exact) < 2e-6
         by_columns = log_predictive(likelihood, at(y, y).view(2, 1), at(mean, mean).view(2, 1), at(var, var).view(2, 1))
         assert gap(by_columns, exact) < 2e-6
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_log_density_of_a_step_far_from_a_very_wide_latent(side):
+    """Half of the mass is q's own, on panels about its mean."""
+    f = torch.linspace(-500, 400, 2_000_001, dtype=F64)
+    log_h = torch.distributions.Normal(-50.0, 1000.0**0.5).log_prob(f) - f.exp()  # no count at rate e^f …
+    exact = torch.logsumexp(log_h, 0) + (f[1] - f[0]).log()
+
+    class Mirrored(LogPoissonLikelihood):
+        def forward(self, function_samples, *args, **kwargs):
+            return super().forward(side * function_samples)  # … or at e^{−f}
+
+    assert gap(log_predictive(Mirrored(), at(0.0), at(-50.0 * side), at(1000.0)), exact) < 5e-5
 
 
 def test_panels_are_for_latents_that_are_wide(monkeypatch):
