@@ -300,3 +300,9 @@ def test_a_distribution_has_a_density_at_any_values_that_go_with_its_shape():
     assert gap(found.log_prob(torch.tensor(3.0)), log_p[3]) < 1e-6
     wider = found.expand(torch.Size([2, len(MEANS)]))  # the mixture's own
     assert wider.log_prob(counts[3]).shape == (2, len(MEANS))
+
+
+def test_rates_that_overflow_are_no_part_of_the_integral():
+    """E[Poisson(2 | e^f)] under a q so wide that it is flat: ∫ e^{2f − e^f} df / 2! = Γ(2) / 2 of its density."""
+    found = log_predictive(LogPoissonLikelihood(), at(2.0), at(0.0), at(1e6))
+    assert gap(found, at(0.5 / (2 * torch.pi * 1e6) ** 0.5).log()) < 1e-4
