@@ -64,7 +64,7 @@ def student(noise: float, deg_free: float = 4.0) -> StudentTLikelihood:
         (likelihoods.LogitBernoulliLikelihood(), 1.0, 3.0, 400.0),
         (student(0.01), 0.5, 0.0, 4.0),
         (student(0.01), 6.0, 0.0, 4.0),
-        (student(1e-6), 1.0, 0.0, 1.0),
+        *((student(1e-6), y, 0.0, 1.0) for y in (-1.7, -1.3, 1.0, 1.3, 1.7)),  # to each side of a first guess
         (student(1e-6), 10.0, 0.0, 4.0),  # five deviations away, and two peaks
         (student(0.01, 2.5), 10.0, 0.0, 4.0),  # … of which the lower holds half, as broad as q
         (student(0.01, 2.5), -10.0, 0.0, 4.0),
