@@ -127,17 +127,17 @@ def test_targets_in_other_units_stay_within_the_bounds_of_constraints():
 )
 def test_targets_far_from_the_mean_are_learned_as_those_about_it(kind, mean, far):
     g = torch.Generator().manual_seed(0)
-    x = 6 * torch.rand(80, 1, generator=g, dtype=F64)
-    y = (2 * x[:, 0]).sin() + 0.1 * torch.randn(80, generator=g, dtype=F64)
+    x = 6 * torch.rand(60, 1, generator=g, dtype=F64)
+    y = (2 * x[:, 0]).sin() + 0.1 * torch.randn(60, generator=g, dtype=F64)
     noise = []
-    for offset in (0.0, 10.0, far):
+    for offset in (0.0, far):
         given = mean()
         likelihood = GaussianLikelihood().double()
-        size = {"num_inducing": 20} if kind is DualGP else {}
+        size = {"num_inducing": 20} if kind is DualGP else {"rank": 40, "num_probes": 4}
         gp = kind(ScaleKernel(RBFKernel()).double(), likelihood, mean=given and given.double(), **size)
         gp.fit(x, y + offset)
         noise.append(likelihood.noise.item())
-    assert noise == pytest.approx([noise[0]] * 3, rel=0.1)
+    assert noise == pytest.approx([noise[0]] * 2, rel=0.1)
     assert noise[0] < 0.02
 
 
