@@ -244,7 +244,7 @@ class JacobianBasis(Basis):
                 "them, by basis.with_prior_precision(...); for any other change, project the data anew."
             )
         else:
-            factor = factor.repeat_interleave(self._sizes())
+            factor = self.jacobian.by_weight(factor)
         factor = factor.to(site.lam.device)
         return Site(factor * site.lam, factor.unsqueeze(-1) * site.B * factor)
 
@@ -283,10 +283,7 @@ class JacobianBasis(Basis):
 
     def _each_parameter(self) -> Tensor:
         """τ of each parameter, [P] in float64."""
-        return self._tau.repeat_interleave(self._sizes()).to(self.device)
-
-    def _sizes(self) -> Tensor:
-        return torch.tensor([shape.numel() for shape in self.jacobian.shapes], device="cpu")
+        return self.jacobian.by_weight(self._tau).to(self.device)
 
     @torch.no_grad()
     def coordinates(self, direction: Tensor) -> Tensor:

@@ -107,6 +107,13 @@ def log_predictive(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor,
     return _log_mean(likelihood, y, mean, var, params)
 
 
+def mean_nlpd(log_p: Tensor) -> float:
+    """Return the mean of −log p; raise InputError where there are no data, of which there is none."""
+    if not log_p.numel():
+        raise InputError("There are no data to score: x and y have no rows.")
+    return float(-log_p.mean())
+
+
 def _log_mean(likelihood: Likelihood, y: Tensor, mean: Tensor, var: Tensor, params: dict[str, Tensor]) -> Tensor:
     nodes = num_nodes(likelihood)
     found, coarser = (_by_nodes(likelihood, y, mean, var, params, count) for count in (nodes, 3 * nodes // 4))

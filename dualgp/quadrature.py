@@ -45,7 +45,7 @@ def hermite_points(mean: Tensor, var: Tensor, num_nodes: int = NUM_NODES) -> tup
     """Return points [h, *mean.shape] and weights [h] such that Σ w g(points) is E[g(f)], f ~ N(mean, var)."""
     x, w = gauss_hermite(num_nodes, mean)
     sd = var.clamp_min(_MIN_VARIANCE).sqrt()
-    return mean + sd * x.reshape(-1, *[1] * mean.ndim), w
+    return mean + sd * _column(x, mean), w
 
 
 def expectation(g: Callable[[Tensor], Tensor], mean: Tensor, var: Tensor, num_nodes: int = NUM_NODES) -> Tensor:
@@ -90,11 +90,11 @@ def _peak(log_h: Callable[[Tensor], Tensor], mean: Tensor, sd: Tensor) -> Tensor
     """Where a function with one peak is greatest: among powers of three, then ever closer."""
     grown = sd * _powers(_FINEST, mean)
     grid = torch.cat([mean - grown.flip(0), mean.unsqueeze(0), mean + grown])
+    part = _column(torch.linspace(0.0, 1.0, 6, device=mean.device), mean)
     for _ in range(_ZOOMS):
         best = log_h(grid).nan_to_num(nan=-math.inf).argmax(0, keepdim=True)
         low, high = (grid.gather(0, (best + step).clamp(0, len(grid) - 1)) for step in (-1, 1))
         peak = grid.gather(0, best)
-        part = _column(torch.linspace(0.0, 1.0, 6, device=mean.device), mean)
         grid = torch.cat([low + part * (peak - low), peak + part[1:] * (high - peak)])
     return peak.squeeze(0)
 

@@ -12,7 +12,7 @@ from gpytorch.likelihoods import (
 )
 from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
 from reference import brute, brute_joint, numerical
-from toys import F64, at, gap, gaussian
+from toys import F64, Exposed, at, gap, gaussian
 
 from dualgp import errors
 from dualgp.information import expected_beta, mutual_information, predictive_entropy
@@ -142,13 +142,6 @@ def test_gradients(kind, of):
 def test_an_entropy_that_is_not_known(name):
     with pytest.raises(errors.UnsupportedError, match="BALD"):
         predictive_entropy(FAMILIES[name]().gp.likelihood, at(0.0), at(1.0))
-
-
-class Exposed(LogPoissonLikelihood):
-    """Counts of rate exposure · e^f."""
-
-    def forward(self, function_samples, *args, exposure=1.0, **kwargs):
-        return torch.distributions.Poisson(exposure * function_samples.exp())
 
 
 class Sharper(LogitBernoulliLikelihood):

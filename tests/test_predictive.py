@@ -13,7 +13,7 @@ from gpytorch.likelihoods import (
     StudentTLikelihood,
 )
 from test_duals import HEAVY, MEANS, SMOOTH, VARS, Own
-from toys import F64, at, gap, gaussian
+from toys import F64, Exposed, at, gap, gaussian
 
 from dualgp import errors, likelihoods, log_predictive, predictive, predictive_distribution, quadrature
 from dualgp.duals import conditional_log_prob
@@ -146,13 +146,6 @@ def test_the_kink_of_laplace_is_integrated():
         found = predictive_distribution(likelihood, MEANS, VARS)
         assert gap(found.mean, MEANS) < 1e-12
         assert gap(found.variance, VARS + likelihood(MEANS).variance) < 1e-9
-
-
-class Exposed(LogPoissonLikelihood):
-    """Counts of rate exposure · e^f."""
-
-    def forward(self, function_samples, *args, exposure=1.0, **kwargs):
-        return torch.distributions.Poisson(exposure * function_samples.exp())
 
 
 @pytest.mark.parametrize("n", [3, quadrature.NUM_NODES])  # as many data as nodes, too

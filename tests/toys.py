@@ -15,6 +15,7 @@ from dualgp.basis import InducingBasis
 from dualgp.gp.data import Data
 from dualgp.gp.estep import EStep, Source, e_step
 from dualgp.gp.hyper import Hyper
+from dualgp.likelihoods import LogPoissonLikelihood
 from dualgp.sites import Sites
 
 F64 = torch.float64
@@ -116,3 +117,10 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)
+
+
+class Exposed(LogPoissonLikelihood):
+    """Counts of rate exposure · e^f."""
+
+    def forward(self, function_samples, *args, exposure=1.0, **kwargs):
+        return torch.distributions.Poisson(exposure * function_samples.exp())

@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import Likelihood
-from gpytorch.means import Mean
 from torch import Tensor
 
 from dualgp.basis import InducingBasis
@@ -28,10 +25,6 @@ _LIKE_INPUTS = ("memory_x",)  # in the dtype of the user; all else in the buffer
 class FittedGP(ScoredModel):
     """The part of `DualGP` that holds and reads: a torch module whose state is sites and Z, of any size."""
 
-    kernel: Kernel
-    likelihood: Likelihood
-    mean: Mean | None
-    num_outputs: int | None
     jitter: float | None
     inducing_points: Tensor | None
     site_lam: Tensor | None

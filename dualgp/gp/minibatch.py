@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualgp.basis import SiteSum
 from dualgp.distributed import ALONE, Ranks
+from dualgp.draws import source
 from dualgp.duals import dual_parameters
 from dualgp.errors import InputError
 from dualgp.gp.data import Data, check_alike
@@ -59,8 +60,8 @@ class Batches:
         kept, keys, n = [], [], 0
         for data in self:
             n += len(data)
-            device = "cpu" if generator is None else generator.device
-            key = torch.rand(len(data), generator=generator, device=device).cpu()
+            where = source(torch.device("cpu"), generator)
+            key = torch.rand(len(data), generator=generator, device=where).cpu()
             kept.append(data)
             keys.append(key)
             if sum(len(d) for d in kept) > 2 * size:  # keep the smallest keys: a uniform sample
@@ -77,8 +78,8 @@ class Batches:
 
 def _own_generator(generator: torch.Generator | None, ranks: Ranks) -> torch.Generator:
     """A generator of this rank's own, seeded by that of rank 0: ranks may all have been given the same seed."""
-    device = "cpu" if generator is None else generator.device
-    (seed,) = ranks.first(torch.randint(2**31, (), generator=generator, device=device))
+    where = source(torch.device("cpu"), generator)
+    (seed,) = ranks.first(torch.randint(2**31, (), generator=generator, device=where))
     return torch.Generator("cpu").manual_seed(int(seed) + ranks.rank)
 
 
@@ -118,8 +119,7 @@ class TensorBatches:
             yield self.data.rows(order[start : start + self.batch_size])
 
     def _order(self, generator: torch.Generator | None) -> Tensor:
-        device = self.data.x.device if generator is None else generator.device
-        return torch.randperm(len(self.data), generator=generator, device=device).to(self.data.x.device)
+        return random_rows(len(self.data), len(self.data), generator, self.data.x.device)
 
 
 def sample_rows(data: Data, size: int, generator: torch.Generator | None, ranks: Ranks) -> tuple[Data, Data, int]:
@@ -140,8 +140,7 @@ def sample_rows(data: Data, size: int, generator: torch.Generator | None, ranks:
 
 def random_rows(n: int, size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Return `size` of n row numbers, without replacement."""
-    source = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=source)[:size].to(device)
+    return torch.randperm(n, generator=generator, device=source(device, generator))[:size].to(device)
 
 
 def learn_by_batches(

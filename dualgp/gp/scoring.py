@@ -9,9 +9,8 @@ from gpytorch.means import Mean
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from dualgp.errors import InputError
 from dualgp.gp.data import Data, check_data, check_modules
-from dualgp.predictive import log_predictive, predictive_distribution
+from dualgp.predictive import log_predictive, mean_nlpd, predictive_distribution
 
 
 class ScoredModel(nn.Module):
@@ -43,10 +42,7 @@ class ScoredModel(nn.Module):
         Raises:
             InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
         """
-        scores = self.log_predictive(x, y, **params)
-        if not scores.numel():
-            raise InputError("There are no data to score: y has no rows.")
-        return float(-scores.mean())
+        return mean_nlpd(self.log_predictive(x, y, **params))
 
     def _check(self, x: Tensor, y: Tensor, **params: Tensor) -> Data:
         data = check_data(self.likelihood, x, y, self.num_outputs, params)

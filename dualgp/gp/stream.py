@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualgp.basis import InducingBasis
 from dualgp.checks import check_number
+from dualgp.draws import uniform
 from dualgp.errors import InputError
 from dualgp.gp import update
 from dualgp.gp.data import Data
@@ -207,8 +208,7 @@ def _check_follows(state: State, data: Data, settings: Settings) -> None:
 def _arrived(model: DualGP, data: Data, sites: Sites, first: int) -> Memory:
     """Number data as they arrive, and draw a key for each from the model's generator."""
     ids = torch.arange(first, first + len(data), device=data.x.device)
-    keys = torch.rand(len(data), generator=model.generator, dtype=torch.float64, device=model.generator.device)
-    return Memory(data, sites, ids, keys.to(data.x.device))
+    return Memory(data, sites, ids, uniform((len(data),), data.x.device, model.generator))
 
 
 def _begin(model: DualGP, kernel: Kernel, mean: Mean | None, likelihood: Likelihood, data: Data) -> State:

@@ -183,7 +183,7 @@ def _precision(la: Any, jacobian: NetworkJacobian) -> Precision:
     if len(tau) == len(jacobian.shapes):
         return tau
     firsts = tau[[s.start for s in jacobian.slices]]
-    if torch.equal(firsts.repeat_interleave(torch.tensor([s.numel() for s in jacobian.shapes], device="cpu")), tau):
+    if torch.equal(jacobian.by_weight(firsts), tau):
         return firsts
     raise UnsupportedError("One prior precision for each parameter is not supported: one, or one for each tensor.")
 

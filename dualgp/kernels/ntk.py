@@ -286,14 +286,18 @@ class NetworkJacobian:
         new._scales = scales if self._scales is None else self._scales * scales
         return new
 
+    def by_weight(self, values: Float[Tensor, "tensors"]) -> Float[Tensor, "P"]:
+        """Return one value for each parameter tensor as one for each weight."""
+        sizes = torch.tensor([shape.numel() for shape in self.shapes], device=values.device)
+        return values.repeat_interleave(sizes)
+
     def vjp(self, x: Tensor, u: Float[Tensor, "n C"]) -> Float[Tensor, "P"]:
         """Return Σᵢ Jᵢᵀ uᵢ, by one backward pass for each chunk."""
         out = torch.zeros(self.num_params, dtype=torch.float64, device=self.device)
         for rows, chunk in self._chunks(x):
             out += self._vjp(chunk, u[rows].to(self.device, self.dtype)).double()
         if self._scales is not None:
-            sizes = torch.tensor([p.numel() for p in self._parameters], device=self.device)
-            out *= self._scales.repeat_interleave(sizes)
+            out *= self.by_weight(self._scales)
         return out.to(self.dtype)
 
     def jvp(self, x: Tensor, v: Float[Tensor, "P"]) -> Float[Tensor, "n C"]:

@@ -15,7 +15,7 @@ from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from dualgp.errors import InputError, check_count
+from dualgp.errors import check_count
 from dualgp.fingerprints import Held
 from dualgp.influence import LeftOut
 from dualgp.jacobian import JacobianBasis, Precision
@@ -32,7 +32,7 @@ from dualgp.nets.stationarity import Stationarity, stationarity
 from dualgp.nets.structured import StructuredPosterior
 from dualgp.nets.terms import Terms, WeightPosterior, terms_of, terms_through, with_site
 from dualgp.nets.tuning import Method
-from dualgp.predictive import log_predictive, predictive_distribution
+from dualgp.predictive import log_predictive, mean_nlpd, predictive_distribution
 from dualgp.sites import Sites
 
 
@@ -172,10 +172,7 @@ class NetworkPosterior:
         Raises:
             InputError: as in `log_predictive`, and if there are no data, of which there is no mean.
         """
-        scores = self.log_predictive(x, y, **options)
-        if not scores.numel():
-            raise InputError("There are no data to score: x has no rows.")
-        return float(-scores.mean())
+        return mean_nlpd(self.log_predictive(x, y, **options))
 
     def sites_at(self, x: Tensor, y: Tensor, **params: Tensor) -> Sites:
         """Return the sites that data have at the network, λ = α + βf(x; θ*); nothing is added."""

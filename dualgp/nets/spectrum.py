@@ -74,32 +74,40 @@ class DiagonalBlocks(FunctionBlocks):
 
     def without(self, lam: Tensor, B: Tensor, max_hat: float) -> tuple[Tensor, Tensor, Shift]:
         """Return the same without a datum's own site, exactly, in whatever share it has of a weight's precision."""
-        shift = self.shift(lam, B, "removal")
-        return self.mean + shift.mean, self.V + shift.cov, shift
-
-    def shift(self, lam: Tensor, B: Tensor, order: Order) -> Shift:
-        """Return what changes at each datum without its own site; "first" is the derivative in its weight.
-
-        D' = D − diag(φᵀBφ),    D'(w̄' − w̄) = diag(φᵀBφ)w̄ − φᵀ(λ − Bμ)
-        """
         assert self.phi is not None
         assert self.precision is not None
         assert self.mean_w is not None
-        pull = lam - (B @ self.phi.f.double().unsqueeze(-1)).squeeze(-1)
-        mean, cov, hat = torch.zeros_like(self.mean), torch.zeros_like(self.V), torch.zeros_like(self.mean[:, 0])
-        for layer in self.phi.layers:
-            D, w = (torch.cat([v[self.phi.slices[t]] for t in layer.tensors]) for v in (self.precision, self.mean_w))
-            for rows, part in explicit_tiles(layer):
-                J = part.dense().double()  # [k, C, p]
-                own = (J * (B[rows] @ J)).sum(1)
-                left = D - own if order == "removal" else D.expand_as(own)
-                if not bool((left > 0).all()):
-                    raise NotPositiveDefiniteError("Without one datum no Gaussian is left: the sites are not of these.")
-                step = (own * w - (J * pull[rows].unsqueeze(-1)).sum(1)) / left
-                mean[rows] += (J @ step.unsqueeze(-1)).squeeze(-1)
-                cov[rows] += (J * (own / (left * D)).unsqueeze(1)) @ J.mT  # 1/D' − 1/D
-                hat[rows] = torch.maximum(hat[rows], (own / D).amax(-1))
-        return Shift(mean, cov, hat, torch.zeros_like(hat, dtype=torch.bool))
+        shift = diagonal_shift(self.phi, self.precision, self.mean_w, lam, B, "removal")
+        return self.mean + shift.mean, self.V + shift.cov, shift
+
+
+def diagonal_shift(
+    phi: JacobianBlock,
+    precision: Float[Tensor, "P"],
+    mean_w: Float[Tensor, "P"],
+    lam: Float[Tensor, "n c"],
+    B: Float[Tensor, "n c c"],
+    order: Order,
+) -> Shift:
+    """Return what changes at each datum without its own site (λ, B), under a diagonal precision D of the weights.
+
+    D' = D − diag(φᵀBφ),    D'(w̄' − w̄) = diag(φᵀBφ)w̄ − φᵀ(λ − Bμ);    order "first" is the derivative in its weight.
+    """
+    pull = lam - (B @ phi.f.double().unsqueeze(-1)).squeeze(-1)
+    mean, cov, hat = torch.zeros_like(lam), torch.zeros_like(B), torch.zeros_like(lam[:, 0])
+    for layer in phi.layers:
+        D, w = (torch.cat([v[phi.slices[t]] for t in layer.tensors]) for v in (precision, mean_w))
+        for rows, part in explicit_tiles(layer):
+            J = part.dense().double()  # [k, C, p]
+            own = (J * (B[rows] @ J)).sum(1)
+            left = D - own if order == "removal" else D.expand_as(own)
+            if not bool((left > 0).all()):
+                raise NotPositiveDefiniteError("Without one datum no Gaussian is left: the sites are not of these.")
+            step = (own * w - (J * pull[rows].unsqueeze(-1)).sum(1)) / left
+            mean[rows] += (J @ step.unsqueeze(-1)).squeeze(-1)
+            cov[rows] += (J * (own / (left * D)).unsqueeze(1)) @ J.mT  # 1/D' − 1/D
+            hat[rows] = torch.maximum(hat[rows], (own / D).amax(-1))
+    return Shift(mean, cov, hat, torch.zeros_like(hat, dtype=torch.bool))
 
 
 @dataclass(frozen=True, eq=False)

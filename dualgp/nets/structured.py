@@ -28,7 +28,7 @@ from dualgp.linalg import symmetrise
 from dualgp.nets.eigenbasis import Eigenbasis, linear
 from dualgp.nets.factors import Kronecker
 from dualgp.nets.layerwise import Structure, StructuredSite, StructuredSum
-from dualgp.nets.spectrum import DiagonalBlocks, StructuredSpectrum
+from dualgp.nets.spectrum import StructuredSpectrum, diagonal_shift
 from dualgp.sites import Sites, check_sites_are_finite
 
 _BLOCK_BYTES, _MIN_ROWS = 16 << 20, 64  # of a block of rows: more is not faster
@@ -124,11 +124,8 @@ class StructuredPosterior:
         """
         if self.structure.kind != "diagonal":
             return None
-        D, w, parts = 1.0 + self.eigenbasis.values, self.mean_w, []
-        for rows, phi in self.blocks(x):
-            mean, V = linear(phi, w), self.eigenbasis.covariance(phi)
-            block = DiagonalBlocks(mean, V, 0.0, phi=phi, precision=D, mean_w=w)
-            parts.append(block.shift(lam[rows], B[rows], order))
+        D, w = 1.0 + self.eigenbasis.values, self.mean_w
+        parts = [diagonal_shift(phi, D, w, lam[rows], B[rows], order) for rows, phi in self.blocks(x)]
         return Shift(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def double_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +253,7 @@ class StructuredPosterior:
         if not isinstance(basis, JacobianBasis) or basis.jacobian is not self.basis.jacobian:
             raise BasisMismatchError("The site is on another network; project the data anew.")
         factor = (_tau(self.basis) / _tau(basis)).sqrt().to(self.basis.device)
-        sizes = torch.tensor([shape.numel() for shape in basis.jacobian.shapes], device=self.basis.device)
-        lam = factor.repeat_interleave(sizes) * self.site.lam
+        lam = basis.jacobian.by_weight(factor) * self.site.lam
         blocks = {key: block.rescaled(factor[list(key)]) for key, block in self.site.blocks.items()}
         uniform = bool((factor == factor[0]).all())
         same = self.eigenbasis.scaled(factor[0] ** 2) if uniform else None
