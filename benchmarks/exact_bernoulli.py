@@ -1,6 +1,7 @@
 """An exact Bernoulli GP at N where no N × N matrix fits, against a sparse one.
 
-Claim: `ExactGP` fits N = 10⁵ data on a CPU (10⁶ on a GPU) without inducing inputs, to a bound above the sparse one's.
+Claim: `ExactGP` fits N = 10⁵ data without inducing inputs, in minutes on a CPU and seconds on a GPU, to a bound above
+the sparse one's.
 
 Labels are the sign of a smooth function at uniform inputs in the square, one in ten of them flipped; the kernel is a
 Matérn-5/2 of fixed hyperparameters. "to 1 %" is the time until the bound is within 1 % of the best bound that any
