@@ -196,8 +196,9 @@ def gaussian_noise(likelihood: Likelihood, noise: Tensor | None = None, **_: Ten
             )
         return noise + likelihood.second_noise
     if kind is MultitaskGaussianLikelihood:
-        total = likelihood.task_noises if likelihood.has_task_noise else torch.zeros(1, device=likelihood.device)
-        return total + likelihood.noise if likelihood.has_global_noise else total
+        if not likelihood.has_task_noise:
+            return likelihood.noise
+        return likelihood.task_noises + likelihood.noise if likelihood.has_global_noise else likelihood.task_noises
     return None
 
 
@@ -239,6 +240,7 @@ def check_likelihood(likelihood: object) -> None:
         UnsupportedError: naming the likelihood and what to use in its place.
     """
     name = type(likelihood).__name__
+    known = next((k for k in (name, type(getattr(likelihood, "noise_covar", None)).__name__) if k in _REMEDIES), None)
     remedy = None
     if not isinstance(likelihood, _Likelihood):
         remedy = "expected a gpytorch.likelihoods.Likelihood, for example GaussianLikelihood()"
@@ -246,8 +248,8 @@ def check_likelihood(likelihood: object) -> None:
         remedy = "mixing weights couple the latents; pass mixing_weights=False and num_classes latents"
     elif isinstance(likelihood, MultitaskGaussianLikelihood) and likelihood.rank > 0:
         remedy = "noise correlated between outputs couples the latents; pass rank=0"
-    elif name in _REMEDIES:
-        remedy = _REMEDIES[name]
+    elif known:
+        remedy = _REMEDIES[known]
     elif not _has_expectation(likelihood):
         remedy = (
             "it would need Monte Carlo; derive it from gpytorch's _OneDimensionalLikelihood, or give it an "
@@ -268,8 +270,6 @@ _REMEDIES = {
 
 
 def _has_expectation(likelihood: _Likelihood) -> bool:
-    if type(getattr(likelihood, "noise_covar", None)).__name__ in _REMEDIES:
-        return False
     if isinstance(likelihood, _OneDimensionalLikelihood | SoftmaxLikelihood):
         return True
     return type(likelihood).expected_log_prob not in (_Likelihood.expected_log_prob, Likelihood.expected_log_prob)

@@ -17,17 +17,22 @@ from gpytorch.likelihoods import (
     SoftmaxLikelihood,
     StudentTLikelihood,
 )
+from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
 from gpytorch.likelihoods.likelihood import _OneDimensionalLikelihood
+from gpytorch.likelihoods.noise_models import HeteroskedasticNoise
 from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import NegativeBinomial
-from toys import F64, at, gap
+from toys import F64, at, gap, unchecked
 
 from dualgp import dual_parameters, errors, expected_log_prob, likelihoods
 from dualgp.duals import (
     check_likelihood,
     check_param_names,
     check_targets,
+    check_variances,
+    conditional_log_prob,
+    differentiable_dual_parameters,
     gaussian_noise,
     num_outputs_of,
     training_params,
@@ -185,6 +190,18 @@ def test_log_phi_is_accurate_far_in_the_tail(f):
     assert duals.beta[0].item() == pytest.approx(hazard * (hazard + f), rel=1e-4)
     deep = expected_log_prob(likelihoods.LogitBernoulliLikelihood(), at(1.0), at(f), at(0.0))
     assert deep.item() == pytest.approx(f - math.log1p(math.exp(f)), rel=1e-9)
+    # The rate softplus(f) of a Poisson likelihood is e^f there, and 0 in numbers where f is −1000.
+    for g in (f, -1000.0):
+        count = conditional_log_prob(PoissonLikelihood(), at(3.0), at(g)).item()
+        assert count == pytest.approx(3 * g - math.log(6), abs=0.02)
+        assert conditional_log_prob(likelihoods.LogitBernoulliLikelihood(), at(1.0), at(g)).item() < 0.99 * g
+
+
+def test_the_expected_rate_of_counts_is_exact_under_a_wide_latent():
+    wide = 10 * torch.ones(5, dtype=F64)  # quadrature of e^f would be off by far
+    y = at(0, 1, 3, 2, 7)
+    found = expected_log_prob(likelihoods.LogPoissonLikelihood(), y, MEANS, wide)
+    assert gap(found, y * MEANS - (MEANS + 5).exp() - torch.lgamma(y + 1)) < 1e-11
 
 
 def test_log_concave_likelihoods_have_positive_beta_and_heavy_tails_do_not():
@@ -234,6 +251,14 @@ def test_multitask_noise_is_the_sum_of_what_is_there():
     expected = ref.brute(lambda f: torch.distributions.Normal(f, at(0.3, 0.6).sqrt()).log_prob(y), m, v)
     assert gap(found.expected_log_prob, expected) < 1e-10
     assert gap(found.beta, (1 / at(0.3, 0.6)).expand(5, 2)) < 1e-12
+    for parts, noise in (({"has_task_noise": False}, 0.4), ({"has_global_noise": False}, [0.2, 0.5, 0.1])):
+        some = MultitaskGaussianLikelihood(num_tasks=3, **parts).double()
+        if "has_task_noise" in parts:
+            some.noise = at(noise)
+        else:
+            some.task_noises = at(*noise)
+        wide = torch.stack([MEANS] * 3, -1)
+        assert gap(dual_parameters(some, 2 * wide, wide, wide.square()).beta, 1 / at(noise).expand(5, 3)) < 1e-12
     theirs = full.expected_log_prob(
         y,
         gpytorch.distributions.MultitaskMultivariateNormal.from_batch_mvn(
@@ -268,6 +293,57 @@ def test_softmax_duals_are_those_of_a_dense_integral(mean, var):
         assert gap(d.alpha.sum(), 0.0) < 1e-7  # probabilities sum to one
 
 
+def test_a_batch_of_softmax_marginals_is_each_alone():
+    g = torch.Generator().manual_seed(0)
+    m, v = torch.randn(2, 5, 3, generator=g, dtype=F64), torch.rand(2, 5, 3, generator=g, dtype=F64)
+    y = torch.randint(3, (2, 5), generator=g)
+    d = dual_parameters(softmax(), y, m, v)
+    for b in range(2):
+        for found, alone in zip(d, dual_parameters(softmax(), y[b], m[b], v[b]), strict=True):
+            assert gap(found[b], alone) < 1e-9
+
+
+# --- derivatives and parameters per datum --------------------------------------------------------------
+
+
+def test_duals_are_differentiable_where_that_is_asked_for():
+    m, v = MEANS.clone().requires_grad_(), VARS.clone().requires_grad_()
+    y = at(0, 1, 1, 0, 0)
+
+    def all_three(m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return tuple(differentiable_dual_parameters(BernoulliLikelihood(), y, m, v))
+
+    assert torch.autograd.gradcheck(all_three, (m, v))
+    assert not any(t.requires_grad for t in dual_parameters(BernoulliLikelihood(), y, m, v))
+
+
+class Exposed(_OneDimensionalLikelihood):
+    """Counts at the rate e^f times an exposure of each datum."""
+
+    def forward(self, f: Tensor, exposure: Tensor | None = None) -> torch.distributions.Poisson:
+        return torch.distributions.Poisson(f.exp() * (1.0 if exposure is None else exposure))
+
+
+def test_parameters_of_each_datum_reach_the_likelihood():
+    y, exposure = at(0, 1, 3, 2, 7), at(0.5, 1, 2, 3, 4)
+    with torch.inference_mode():  # values that no graph could hold
+        exposure = exposure + 0
+    d = dual_parameters(Exposed(), y, MEANS, VARS, exposure=exposure)
+    rate = exposure * (MEANS + VARS / 2).exp()
+    assert gap(d.alpha, y - rate) < 1e-9
+    assert gap(d.beta, rate) < 1e-8
+    found = expected_log_prob(Exposed(), y, MEANS, VARS, exposure=exposure)
+    assert gap(found, d.expected_log_prob) < 1e-12
+    fixed = FixedNoiseGaussianLikelihood(VARS).double()
+    assert (
+        gap(
+            expected_log_prob(fixed, HEAVY, MEANS, VARS, noise=VARS),
+            -0.5 * (((HEAVY - MEANS).square() + VARS) / VARS + (2 * math.pi * VARS).log()),
+        )
+        < 1e-12
+    )
+
+
 # --- what is refused ----------------------------------------------------------------------------------
 
 
@@ -279,9 +355,11 @@ class Sampled(gpytorch.likelihoods.Likelihood):
 class Own(Sampled):
     """Two latents of which the sum is seen: its own expectation needs no sampling."""
 
-    def expected_log_prob(self, y: Tensor, q: gpytorch.distributions.MultivariateNormal, **_: Tensor) -> Tensor:
+    def expected_log_prob(
+        self, y: Tensor, q: gpytorch.distributions.MultivariateNormal, weight: float | Tensor = 1.0
+    ) -> Tensor:
         mean, var = q.mean.sum(-1), q.variance.sum(-1)
-        return -0.5 * ((y.sum(-1) / 2 - mean).square() + var + math.log(2 * math.pi))
+        return -0.5 * weight * ((y.sum(-1) / 2 - mean).square() + var + math.log(2 * math.pi))
 
 
 @pytest.mark.parametrize(
@@ -293,6 +371,7 @@ class Own(Sampled):
         (lambda: gpytorch.likelihoods.DirichletClassificationLikelihood(torch.tensor([0, 1, 1])), "SoftmaxLikelihood"),
         (gpytorch.likelihoods.GaussianLikelihoodWithMissingObs, "drop the rows"),
         (lambda: gpytorch.likelihoods.HadamardGaussianLikelihood(num_tasks=2), "task index"),
+        (lambda: _GaussianLikelihoodBase(HeteroskedasticNoise(None)), "use FixedNoiseGaussianLikelihood"),
         (lambda: 3.0, "float is not supported: expected a gpytorch"),
     ],
 )
@@ -310,6 +389,7 @@ def test_a_likelihood_with_an_expectation_of_its_own_is_used():
     residual = (y.sum(-1) / 2 - m.sum(-1)).unsqueeze(-1)
     assert gap(duals.alpha, residual.expand(5, 2)) < 1e-12
     assert gap(duals.beta, torch.ones(5, 2)) < 1e-12
+    assert gap(dual_parameters(likelihood, y, m, v, weight=VARS).beta, VARS.unsqueeze(-1).expand(5, 2)) < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5)])
@@ -344,6 +424,49 @@ def test_targets_that_a_likelihood_cannot_produce(make, y, match):
         with pytest.raises(errors.InputError, match=match):
             check_targets(make(), torch.tensor(y, dtype=dtype))
     check_targets(softmax(), torch.tensor([0, 1, 2]))
+    check_targets(PoissonLikelihood(), torch.tensor([0, 3, 20]))
+
+
+@pytest.mark.parametrize(
+    ("y", "match"),
+    [
+        (torch.tensor([True, False]), "^y must hold real numbers or integer labels, got torch.bool; use y.long"),
+        (at(1.0, math.nan, math.inf), "^y must be finite; 2 values are NaN or infinite"),
+        ([1.0], "^y must be a torch.Tensor, got list"),
+    ],
+)
+def test_targets_that_are_no_numbers(y, match):
+    with unchecked(), pytest.raises(errors.InputError, match=match):
+        check_targets(gaussian(), y)
+
+
+@pytest.mark.parametrize(
+    ("make", "y", "mean", "var", "match"),
+    [
+        (gaussian, HEAVY, [1.0], VARS, "^mean must be a torch.Tensor"),
+        (gaussian, HEAVY, MEANS, 1.0, "^var must be a torch.Tensor"),
+        (gaussian, HEAVY, MEANS, VARS[:4], r"^mean and var must have one shape, got \(5,\) and \(4,\)"),
+        (gaussian, [1.0], MEANS, VARS, "^y must be a torch.Tensor"),
+        (gaussian, HEAVY[:4], MEANS, VARS, r"^y must have shape \(5,\), as the marginals have, got \(4,\)"),
+        (gaussian, HEAVY[:2], MEANS, VARS, r"got \(2,\)"),
+        (gaussian, HEAVY.unsqueeze(-1), MEANS, VARS, r"must have shape \(5,\), .* got \(5, 1\)"),
+        (softmax, torch.zeros(5), MEANS.expand(3, 5), VARS.expand(3, 5), r"must have shape \(3,\), .* got \(5,\)"),
+        (softmax, torch.zeros(3, 5), MEANS.expand(3, 5), VARS.expand(3, 5), r"must have shape \(3,\), .* got \(3, 5\)"),
+    ],
+)
+def test_marginals_and_targets_of_other_shapes(make, y, mean, var, match):
+    for of in (dual_parameters, expected_log_prob):
+        with unchecked(), pytest.raises(errors.InputError, match=match):
+            of(make(), y, mean, var)
+
+
+def test_targets_may_broadcast_to_the_marginals():
+    several = expected_log_prob(gaussian(), HEAVY, MEANS.expand(2, 5), VARS.expand(2, 5))
+    assert gap(several, expected_log_prob(gaussian(), HEAVY, MEANS, VARS).expand(2, 5)) == 0
+    one = expected_log_prob(gaussian(), HEAVY[:1], MEANS, VARS)
+    assert gap(one, expected_log_prob(gaussian(), HEAVY[:1].expand(5), MEANS, VARS)) == 0
+    each = expected_log_prob(gaussian(), HEAVY.expand(2, 5), MEANS, VARS)
+    assert gap(each, expected_log_prob(gaussian(), HEAVY, MEANS, VARS).expand(2, 5)) == 0
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -359,12 +482,13 @@ def test_outputs_that_a_likelihood_fixes():
     check_likelihood(softmax)
     assert num_outputs_of(softmax) == 3
     assert num_outputs_of(MultitaskGaussianLikelihood(num_tasks=4)) == 4
+    check_likelihood(MultitaskGaussianLikelihood(num_tasks=4))
 
 
 def test_parameters_per_datum_are_those_that_a_likelihood_has():
     noise = FixedNoiseGaussianLikelihood(torch.ones(2))
     check_param_names(noise, ["noise"])
-    for likelihood in (GaussianLikelihood(), StudentTLikelihood()):
+    for likelihood in (GaussianLikelihood(), StudentTLikelihood(), likelihoods.LogPoissonLikelihood()):
         check_param_names(likelihood, [])
         with pytest.raises(errors.InputError, match=f"{type(likelihood).__name__} takes no noise= per datum"):
             check_param_names(likelihood, ["noise"])
@@ -375,3 +499,9 @@ def test_parameters_per_datum_are_those_that_a_likelihood_has():
         """Whose parameters only its author knows."""
 
     check_param_names(Mine(), ["exposure"])
+
+
+def test_noise_must_be_positive():
+    check_variances(VARS)
+    with pytest.raises(errors.InputError, match="^noise= must be positive variances; the smallest is 0"):
+        check_variances(at(1.0, 0.0))

@@ -8,14 +8,17 @@ from dualgp import errors
 from dualgp.linalg import (
     GramSum,
     eigenpairs_above,
+    first_tensor,
     logdet,
     mul_lower,
     precision_cholesky,
     psd_cholesky,
     psd_part,
     row_chunks,
+    squared_norms,
     symmetrise,
     tri_inverse,
+    whiten,
 )
 
 
@@ -32,6 +35,7 @@ def test_mul_lower_is_the_dense_product(size, transpose, batch):
     assert gap(mul_lower(rows, lower, transpose=transpose), dense) < 1e-11 * size
     batched = rows.expand(*batch, 5, size).clone()
     assert gap(mul_lower(batched, lower, transpose=transpose), dense) < 1e-11 * size
+    assert gap(mul_lower(rows, lower), rows @ lower) < 1e-11 * size
     assert mul_lower(rows.float(), lower).dtype == torch.float32
 
 
@@ -54,8 +58,39 @@ def test_gram_sum_is_the_dense_weighted_product_with_weights_of_any_sign(size, p
         total.add(phi[..., rows, :], weights[..., rows])
     dense = phi.mT @ (weights.unsqueeze(-1) * phi)
     assert (weights < 0).any()
+    total.add(phi[..., :0, :], weights[..., :0])
     assert gap(total.total(), dense) < 1e-12 * size
     assert torch.equal(total.total(), total.total().mT)
+
+
+def test_gram_sum_is_differentiable():
+    phi, weights = draw(5, 3).requires_grad_(), draw(5, seed=1)
+
+    def summed(phi: torch.Tensor) -> torch.Tensor:
+        total = GramSum(torch.Size(), 3, torch.device("cpu"))
+        for rows in (slice(0, 2), slice(2, 5)):
+            total.add(phi[rows], weights[rows])
+        return total.total()
+
+    assert gap(summed(phi).detach(), (phi.mT * weights @ phi).detach()) < 1e-14
+    assert torch.autograd.gradcheck(summed, (phi,))
+
+
+@pytest.mark.parametrize(("a", "b"), [((), ()), ((3,), ()), ((), (3,)), ((3,), (3,))])
+def test_whitening_is_the_dense_product_and_spends_its_argument_where_it_can(a, b):
+    lower = draw(*b, 130, 130, seed=1).tril()
+    for n in (3, 200, 3000):
+        cross = draw(*a, n, 130)
+        dense = cross @ lower.mT
+        learned = cross.clone().requires_grad_()
+        assert gap(whiten(learned, lower).detach(), dense) < 1e-11
+        assert torch.equal(learned, cross)
+        with torch.no_grad():
+            found = whiten(cross, lower)
+        assert gap(found, dense) < 1e-11
+        assert (found.data_ptr() == cross.data_ptr()) == (not a and not b)
+    squares = (draw(*a, 4, 130) @ lower.mT).square().sum(-1)
+    assert gap(squared_norms(draw(*a, 4, 130), lower), squares) < 1e-10
 
 
 def test_gram_sum_of_float32_rows_adds_in_float64():
@@ -92,9 +127,17 @@ def test_the_cholesky_raises_its_jitter_by_tens_and_says_so():
     assert gap(factor.lower @ factor.lower.mT, expected) < 1e-15
 
 
+def test_the_jitter_is_relative_to_the_diagonal_of_each_matrix():
+    matrix = torch.stack([torch.eye(3, dtype=F64), 1e6 * torch.eye(3, dtype=F64)])
+    lower = psd_cholesky(matrix, 1e-3).lower
+    assert (
+        gap(lower @ lower.mT / matrix.diagonal(dim1=-2, dim2=-1)[:, :1, None], 1.001 * torch.eye(3, dtype=F64)) < 1e-14
+    )
+
+
 def test_what_is_no_kernel_matrix_is_refused():
-    with pytest.raises(errors.NotPositiveDefiniteError, match="not positive definite"):
-        psd_cholesky(-torch.eye(3, dtype=F64), 1e-6)
+    with pytest.raises(errors.NotPositiveDefiniteError, match="of size 3 is not positive definite"):
+        psd_cholesky(-torch.eye(3, dtype=F64).expand(2, 2, 3, 3), 1e-6)
     with pytest.raises(errors.NotPositiveDefiniteError, match="finite"):
         psd_cholesky(torch.full((3, 3), float("nan"), dtype=F64), 1e-6)
     indefinite = torch.diag(torch.tensor([1.0, 2.0, -0.25], dtype=F64))
@@ -110,6 +153,9 @@ def test_chunks_cover_every_row_once(n, width):
     chunks = list(row_chunks(n, width, F64, torch.device("cpu")))
     assert [i for c in chunks[:3] for i in range(c.start, min(c.stop, c.start + 2))][:1] == ([0] if n else [])
     assert sum(c.stop - c.start for c in chunks) == n
+    if n == 100_000 and width == 500:  # 4 MiB of float64; more where there is more of it
+        assert chunks[0].stop == (4 << 20) // (8 * width)
+        assert next(row_chunks(n, width, F64, torch.device("meta"))).stop == 64 * (4 << 20) // (8 * width)
     assert all(a.stop == b.start for a, b in zip(chunks, chunks[1:], strict=False))
 
 
@@ -152,8 +198,26 @@ def test_a_sum_whose_rounding_would_reach_the_identity_is_one_of_float64(scale, 
     assert error < 0.05  # in any case far below 1
 
 
+def test_it_is_one_of_float64_from_a_tenth_on():
+    for size in (0.5, 2.0):  # of 0.1 / eps
+        phi = torch.full((4, 1), 3.0).div(7).repeat(1, 4)  # no number of few bits
+        trace = float((phi.norm() ** 2).double())
+        weights = torch.full((4,), size * 0.1 / torch.finfo(torch.float32).eps / trace)
+        total = GramSum(torch.Size(), 4, torch.device("cpu"))
+        total.add(phi, weights)
+        exact = (phi.double().mT * weights.double()) @ phi.double()
+        assert (gap(total.total(), exact) < 1e-14 * exact.max()) == (size > 1)
+
+
 def test_the_positive_part_leaves_what_is_positive_and_cuts_the_rest():
     Q = torch.linalg.qr(torch.randn(4, 3, 3, dtype=F64)).Q
     matrix = (Q * torch.tensor([2.0, 1.0, -1e-3], dtype=F64)) @ Q.mT
     assert gap(psd_part(matrix), (Q[..., :2] * torch.tensor([2.0, 1.0], dtype=F64)) @ Q[..., :2].mT) < 1e-14
     assert gap(psd_part(matrix @ matrix.mT), matrix @ matrix.mT) < 1e-14
+
+
+def test_the_first_tensor_is_that_of_the_cpu_if_there_is_none():
+    one = torch.ones(2, dtype=F64)
+    assert first_tensor(None, 3.0, one, torch.zeros(1)) is one
+    with torch.device("meta"):
+        assert first_tensor(None).device.type == "cpu"

@@ -4,7 +4,7 @@ import pytest
 import reference as ref
 import torch
 from gpytorch.means import ConstantMean
-from toys import F64, at, gap, line, matern, random_sites, rbf, waves
+from toys import F64, at, gap, line, matern, random_sites, rbf, unchecked, waves
 
 from dualgp import InducingBasis, Posterior, Site, Sites, errors
 
@@ -79,6 +79,14 @@ def test_the_prior_is_the_prior():
 QS = {"one output": one, "mean": lambda: one(2.5), "shared": three, "per output": lambda: three(True)}
 
 
+def test_nothing_is_predicted_at_no_inputs():
+    for make in QS.values():
+        q = make()
+        shape = (0,) if q.basis.num_outputs is None else (0, 3)
+        assert [t.shape for t in q.predict(TEST[:0])] == [shape, shape]
+        assert q.sample(TEST[:0], 2).shape == (2, *shape)
+
+
 def sites_for(q: Posterior, seed: int) -> Sites:
     multi = q.basis.num_outputs is not None
     return random_sites(*((40, 3) if multi else (40,)), seed=seed, multi=multi)
@@ -129,12 +137,14 @@ def test_the_precision_is_no_less_than_the_priors_and_data_never_widen(name):
 def test_chunks_do_not_change_anything(name, monkeypatch):
     q, x = QS[name](), line(-2, 2, 200)
     sites = random_sites(*((200, 3) if q.basis.num_outputs else (200,)), multi=q.basis.num_outputs is not None)
-    whole = q.predict(x), q.project(x, sites)
+    whole = q.predict(x), q.project(x, sites), q.double_blocks(x)
     monkeypatch.setattr("dualgp.linalg._CHUNK_BYTES", 1)
-    cut = q.predict(x), q.project(x, sites)
+    cut = q.predict(x), q.project(x, sites), q.double_blocks(x)
     assert gap(whole[0][0], cut[0][0]) < 1e-13
     assert gap(whole[0][1], cut[0][1]) < 1e-13
     assert gap(whole[1].B, cut[1].B) < 1e-10
+    assert gap(whole[2][0], cut[2][0]) < 1e-13
+    assert gap(whole[2][1], cut[2][1]) < 1e-13
 
 
 @pytest.mark.parametrize("name", QS)
@@ -183,6 +193,24 @@ def test_a_batch_is_each_alone():
         assert gap(q.predict(torch.stack([TEST, TEST]))[1][b], alone.predict(TEST)[1]) < 1e-12
 
 
+def test_a_batch_of_processes_of_several_outputs_is_each_alone(monkeypatch):
+    monkeypatch.setattr("dualgp.linalg._CHUNK_BYTES", 1)
+    x, at_test = torch.stack([X, X + 0.1]), torch.linspace(-2, 2, 150, dtype=F64).unsqueeze(-1)
+    sites = random_sites(2, 40, 3, multi=True)
+    q = Posterior(InducingBasis(rbf(), torch.stack([Z, Z * 0.9]), num_outputs=3)).add(x, sites)
+    draws = q.sample(TEST, 20_000, generator=torch.Generator().manual_seed(0))
+    for b, scale in enumerate((1.0, 0.9)):
+        own = Sites(sites.lam[b], sites.beta[b], multi_output=True)
+        alone = Posterior(InducingBasis(rbf(), Z * scale, num_outputs=3)).add(x[b], own)
+        assert gap(q.kl()[b], alone.kl()) < 1e-12
+        for found, expected in zip(q.predict_blocks(at_test), alone.predict_blocks(at_test), strict=True):
+            assert gap(found[b], expected) < 1e-12
+        assert gap(q.predict_joint(TEST).covariance_matrix[b], alone.predict_joint(TEST).covariance_matrix) < 1e-12
+        mean, var = alone.predict(TEST)
+        assert ((draws[:, b].mean(0) - mean).abs() < 5 * (var / 20_000).sqrt()).all()
+        assert ((draws[:, b].var(0) / var - 1).abs() < 0.06).all()
+
+
 @pytest.mark.parametrize("name", QS)
 def test_samples_have_the_mean_and_covariance_of_the_joint(name):
     q, count = QS[name](), 20_000
@@ -197,7 +225,11 @@ def test_samples_have_the_mean_and_covariance_of_the_joint(name):
 def test_samples_and_predictions_have_the_dtype_of_the_basis():
     basis = InducingBasis(rbf().float(), Z.float(), jitter=1e-5)
     q = Posterior(basis).add(X.float(), random_sites(40))
-    assert {q.sample(TEST.float(), 2).dtype, *(t.dtype for t in q.predict(TEST.float()))} == {torch.float32}
+    joint = q.predict_joint(TEST.float())
+    found = q.sample(TEST.float(), 2), joint.mean, joint.covariance_matrix, *q.predict(TEST.float())
+    assert {t.dtype for t in found} == {torch.float32}
+    several = Posterior(InducingBasis(rbf().float(), Z.float(), num_outputs=3, jitter=1e-5)).predict_joint(TEST.float())
+    assert {several.mean.dtype, several.covariance_matrix.dtype} == {torch.float32}
 
 
 def test_samples_come_from_the_generator_and_survive_singular_covariances():
@@ -235,10 +267,17 @@ def test_what_leaves_no_gaussian_is_refused():
 
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), float("inf")])
 def test_bad_factors_and_temperatures_are_refused(factor):
-    with pytest.raises(errors.InputError):
+    with pytest.raises(errors.InputError, match="^The factor by which sites are scaled must be"):
         one().scale(factor)
-    with pytest.raises(errors.InputError):
+    with pytest.raises(errors.InputError, match="^The temperature must be"):
         one().temper(min(factor, 0.0))
+
+
+def test_samples_of_no_number_or_of_no_generator_are_refused():
+    with pytest.raises(errors.InputError, match="num_samples"):
+        one().sample(TEST, 0)
+    with unchecked(), pytest.raises(errors.InputError, match=r"generator must be a torch\.Generator"):
+        one().sample(TEST, 1, generator=0)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +307,8 @@ def test_sites_that_do_not_fit_the_inputs_are_refused():
         one().add(X, random_sites(40, 3, multi=True))
     with pytest.raises(errors.InputError, match="num_outputs=3"):
         three().add(X, random_sites(40))
+    with pytest.raises(errors.InputError, match=r"x has shape \(2, 40, 1\), the posterior no more than"):
+        one().add(torch.stack([X, X]), random_sites(2, 40))
 
 
 def test_adding_sites_is_differentiable_in_the_inputs():
