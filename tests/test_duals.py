@@ -34,6 +34,7 @@ from dualgp.duals import (
     conditional_log_prob,
     differentiable_dual_parameters,
     gaussian_noise,
+    has_batch_shape,
     num_outputs_of,
     training_params,
 )
@@ -313,6 +314,7 @@ def test_duals_are_differentiable_where_that_is_asked_for():
     def all_three(m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return tuple(differentiable_dual_parameters(BernoulliLikelihood(), y, m, v))
 
+    assert all(t.requires_grad for t in all_three(m, v))
     assert torch.autograd.gradcheck(all_three, (m, v))
     assert not any(t.requires_grad for t in dual_parameters(BernoulliLikelihood(), y, m, v))
 
@@ -499,6 +501,12 @@ def test_parameters_per_datum_are_those_that_a_likelihood_has():
         """Whose parameters only its author knows."""
 
     check_param_names(Mine(), ["exposure"])
+
+
+def test_what_holds_parameters_for_several_processes_or_data():
+    assert has_batch_shape(FixedNoiseGaussianLikelihood(VARS))
+    assert has_batch_shape(GaussianLikelihood(batch_shape=torch.Size([2])))
+    assert not has_batch_shape(GaussianLikelihood())
 
 
 def test_noise_must_be_positive():
