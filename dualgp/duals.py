@@ -240,7 +240,7 @@ def check_likelihood(likelihood: object) -> None:
         UnsupportedError: naming the likelihood and what to use in its place.
     """
     name = type(likelihood).__name__
-    known = next((k for k in (name, type(getattr(likelihood, "noise_covar", None)).__name__) if k in _REMEDIES), None)
+    known = _REMEDIES.get(name) or _REMEDIES.get(type(getattr(likelihood, "noise_covar", None)).__name__)
     remedy = None
     if not isinstance(likelihood, _Likelihood):
         remedy = "expected a gpytorch.likelihoods.Likelihood, for example GaussianLikelihood()"
@@ -249,7 +249,7 @@ def check_likelihood(likelihood: object) -> None:
     elif isinstance(likelihood, MultitaskGaussianLikelihood) and likelihood.rank > 0:
         remedy = "noise correlated between outputs couples the latents; pass rank=0"
     elif known:
-        remedy = _REMEDIES[known]
+        remedy = known
     elif not _has_expectation(likelihood):
         remedy = (
             "it would need Monte Carlo; derive it from gpytorch's _OneDimensionalLikelihood, or give it an "

@@ -213,8 +213,6 @@ class Posterior(Generic[BasisT]):
         mean = features.prior_mean + (phi @ self.mean_w.unsqueeze(-1)).squeeze(-1)
         half = phi @ self.chol_inv.mT
         cov = symmetrise(basis.residual_covariance(x, phi) + half @ half.mT)
-        batch = torch.broadcast_shapes(basis.batch_shape, cov.shape[:-2])
-        cov = cov.expand(*batch, *cov.shape[-2:])
         return mean.expand(cov.shape[:-1]), cov
 
     def sample(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:

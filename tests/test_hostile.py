@@ -62,14 +62,12 @@ def test_the_arguments_that_are_spoiled_are_right():
 
 
 @pytest.mark.filterwarnings("ignore")  # some fits are short
-@pytest.mark.parametrize("default", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_made_is_where_the_data_are_whatever_the_default_device(default):
+def test_what_is_made_is_where_the_data_are_whatever_the_default_device(device):
     """A tensor that named no device would not come through: "meta" has no values, and a GPU meets the CPU."""
-    if default == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
+    default = device if device.type == "cuda" else torch.device("meta")
     for call in hostile.calls().values():
         subject = call.of()
-        with unchecked(), torch.device(default):
+        with unchecked(), default:
             call.how(subject, **call.given)
 
 

@@ -53,6 +53,14 @@ def agree(single, double):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_joints_and_samples_are_in_single_precision_too(options):
+    q = both(**options)[0].posterior
+    joint = q.predict_joint(AT)
+    found = joint.mean, joint.covariance_matrix, q.sample(AT, 2)
+    assert {t.dtype for t in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_growing_forgetting_and_leaving_out(options):
     pair = both(**options)
     agree(*pair)
